@@ -1,0 +1,1 @@
+//! Hub folders: `config.json` and safetensors files.
