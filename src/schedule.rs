@@ -206,19 +206,34 @@ pub struct Task {
 }
 
 impl Task {
-    pub fn new(rules: &Rules, n_layers: usize, seq: usize, range: std::ops::Range<usize>, ring: Ring, wanted: Wanted, pruning: Pruning) -> Task {
+    pub fn new(
+        rules: &Rules,
+        n_layers: usize,
+        seq: usize,
+        range: std::ops::Range<usize>,
+        ring: Ring,
+        wanted: Wanted,
+        pruning: Pruning,
+    ) -> Task {
         let ring_ready = ring.serves(rules, range.start);
         let first_output = match wanted {
             Wanted::Every(_) => range.start,
             _ => range.end - 1,
         };
-        let mut task = Task { seq, start: range.start, end: range.end, wanted, cursor: 0, ring_ready, first_output, pruning };
-        task.cursor = if rules.hidden_copies() == 0 { task.start } else { task.start.min(task.first_hidden(rules, 0, n_layers)) };
+        let mut task =
+            Task { seq, start: range.start, end: range.end, wanted, cursor: 0, ring_ready, first_output, pruning };
+        task.cursor =
+            if rules.hidden_copies() == 0 { task.start } else { task.start.min(task.first_hidden(rules, 0, n_layers)) };
         task
     }
 
     pub fn is_done(&self) -> bool {
         self.cursor == self.end
+    }
+
+    /// Share of the new positions that is done.
+    pub fn fraction_done(&self) -> f32 {
+        self.cursor.saturating_sub(self.start) as f32 / (self.end - self.start) as f32
     }
 
     /// The first position whose hidden rows enter `layer`.
@@ -260,7 +275,8 @@ impl Task {
         }
         // The top layer starts last, so it bounds what all layers hold.
         let first = self.first_hidden(rules, n_layers - 1, n_layers);
-        let low = if self.ring_ready && first == self.start && before.low <= first * per { before.low } else { first * per };
+        let low =
+            if self.ring_ready && first == self.start && before.low <= first * per { before.low } else { first * per };
         Ring { low: low.max((self.end * per).saturating_sub(capacity)), end: self.end }
     }
 }
@@ -352,7 +368,13 @@ pub trait Sequences {
 impl Plan {
     /// A plan that never allocates again for passes of up to `max_rows` rows of `max_entries` sequences with `max_blocks`
     /// cache blocks between them.
-    pub fn with_capacity(n_layers: usize, max_rows: usize, max_entries: usize, max_blocks: usize, max_outputs: usize) -> Plan {
+    pub fn with_capacity(
+        n_layers: usize,
+        max_rows: usize,
+        max_entries: usize,
+        max_blocks: usize,
+        max_outputs: usize,
+    ) -> Plan {
         let layer = || LayerRows { enter: Vec::with_capacity(max_rows), keep: Vec::with_capacity(max_rows) };
         Plan {
             rows: Vec::with_capacity(max_rows),
@@ -380,7 +402,14 @@ impl Plan {
 
     /// Adds as much of `task` as fits beside what the plan already holds, and moves the task on. Nothing is added when
     /// not even one position fits.
-    pub fn add(&mut self, rules: &Rules, task: &mut Task, sequences: &impl Sequences, max_rows: usize, max_outputs: usize) {
+    pub fn add(
+        &mut self,
+        rules: &Rules,
+        task: &mut Task,
+        sequences: &impl Sequences,
+        max_rows: usize,
+        max_outputs: usize,
+    ) {
         let n_layers = self.layers.len();
         let (from, to) =
             (task.cursor, task.pass_end(rules, n_layers, max_rows - self.rows.len(), max_outputs - self.outputs.len()));
@@ -398,7 +427,8 @@ impl Plan {
                 self.push_row(rules, entry, task.seq, Place { position, copy }, sequences, 0);
             }
         }
-        let hidden_start = if rules.hidden_copies() == 0 { to } else { from.max(task.first_hidden(rules, 0, n_layers)).min(to) };
+        let hidden_start =
+            if rules.hidden_copies() == 0 { to } else { from.max(task.first_hidden(rules, 0, n_layers)).min(to) };
         let hidden_base = self.n_hidden;
         for position in hidden_start..to {
             for copy in stored_copies..rules.copies {
@@ -450,7 +480,15 @@ impl Plan {
         task.cursor = to;
     }
 
-    fn push_row(&mut self, rules: &Rules, entry: usize, seq: usize, place: Place, sequences: &impl Sequences, hidden: usize) {
+    fn push_row(
+        &mut self,
+        rules: &Rules,
+        entry: usize,
+        seq: usize,
+        place: Place,
+        sequences: &impl Sequences,
+        hidden: usize,
+    ) {
         let sight = rules.sight(place);
         let is_stored = place.copy < rules.stored_copies();
         let store = if is_stored {

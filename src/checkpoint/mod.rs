@@ -7,24 +7,71 @@ pub mod gguf;
 pub mod safetensors;
 
 use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::Read;
 use std::ops::{Deref, Range};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::tensor::DType;
 
 /// A file's bytes: mapped, or read into memory.
 pub struct Mapping {
     pub path: PathBuf,
-    // private: memmap2::Mmap or Vec<u8>
+    content: Content,
 }
 
-/// A range of a mapped file; cheap to clone, keeps the mapping alive.
+enum Content {
+    Mapped(memmap2::Mmap),
+    Read(Vec<u8>),
+}
+
+impl Mapping {
+    /// Opens a regular file. Pipes and devices are refused before they can block.
+    pub fn open(path: &Path, options: &OpenOptions) -> Result<Arc<Mapping>> {
+        let io = |e| Error::io(path, e);
+        if !std::fs::metadata(path).map_err(io)?.is_file() {
+            return Err(Error::format(path, "is not a regular file"));
+        }
+        let mut file = File::open(path).map_err(io)?;
+        let content = if options.mmap {
+            // SAFETY: the mapping is read-only and private to this process. That nobody truncates the file while it is
+            // mapped is what `OpenOptions::mmap` asks of the caller.
+            Content::Mapped(unsafe { memmap2::Mmap::map(&file) }.map_err(io)?)
+        } else {
+            let mut bytes = Vec::new();
+            file.read_to_end(&mut bytes).map_err(io)?;
+            Content::Read(bytes)
+        };
+        Ok(Arc::new(Mapping { path: path.to_owned(), content }))
+    }
+}
+
+impl Deref for Mapping {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        match &self.content {
+            Content::Mapped(map) => map,
+            Content::Read(bytes) => bytes,
+        }
+    }
+}
+
+/// A range of a file's bytes; cheap to clone, keeps the mapping alive.
 #[derive(Clone)]
 pub struct Bytes {
     mapping: Arc<Mapping>,
     range: Range<usize>,
+}
+
+impl Deref for Bytes {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        &self.mapping[self.range.clone()]
+    }
 }
 
 /// A tensor as stored: never copied, never converted here.
@@ -37,10 +84,50 @@ pub struct TensorView {
     pub data: Bytes,
 }
 
+impl TensorView {
+    /// A view of `range` in `mapping`, if shape and type make exactly as many bytes, in whole blocks.
+    fn new(
+        mapping: &Arc<Mapping>,
+        name: &str,
+        dtype: DType,
+        shape: Vec<usize>,
+        range: Range<usize>,
+    ) -> Result<TensorView> {
+        let fail = |what: String| Error::format(&mapping.path, format!("tensor {name}: {what}"));
+        let expected = tensor_bytes(dtype, &shape)
+            .ok_or_else(|| fail(format!("shape {shape:?} is no whole number of {dtype} blocks")))?;
+        if range.start > range.end || range.end > mapping.len() || range.len() != expected {
+            let what = format!(
+                "bytes {}..{} of a file of {}, expected {expected} bytes for {dtype} {shape:?}",
+                range.start,
+                range.end,
+                mapping.len()
+            );
+            return Err(fail(what));
+        }
+        Ok(TensorView { name: name.to_owned(), dtype, shape, data: Bytes { mapping: mapping.clone(), range } })
+    }
+}
+
+/// Bytes of a tensor; `None` for a size that overflows, has a zero dimension, or cuts a block.
+fn tensor_bytes(dtype: DType, shape: &[usize]) -> Option<usize> {
+    let (&width, outer) = shape.split_last()?;
+    if shape.contains(&0) {
+        return None;
+    }
+    outer.iter().try_fold(dtype.row_bytes(width)?, |bytes, &n| bytes.checked_mul(n))
+}
+
 /// What describes the model besides its tensors.
 pub enum Description {
     /// `config.json`, and the files beside it that may be missing.
-    Hub { config: serde_json::Value, tokenizer_config: Option<serde_json::Value>, generation_config: Option<serde_json::Value>, tokenizer: Option<PathBuf> },
+    Hub {
+        config: serde_json::Value,
+        tokenizer_config: Option<serde_json::Value>,
+        generation_config: Option<serde_json::Value>,
+        tokenizer: Option<PathBuf>,
+        chat_template: Option<String>,
+    },
     Gguf(gguf::Metadata),
 }
 
@@ -58,4 +145,34 @@ pub struct Checkpoint {
 pub struct OpenOptions {
     /// Map files (the default) or read them whole. A mapped file must not be truncated while in use.
     pub mmap: bool,
+}
+
+impl Default for OpenOptions {
+    fn default() -> Self {
+        OpenOptions { mmap: true }
+    }
+}
+
+impl Checkpoint {
+    /// Opens a Hub folder or a GGUF file. Reads headers, not tensors.
+    pub fn open(path: &Path, options: &OpenOptions) -> Result<Checkpoint> {
+        let metadata = std::fs::metadata(path).map_err(|e| Error::io(path, e))?;
+        let (description, tensors) =
+            if metadata.is_dir() { safetensors::open(path, options)? } else { gguf::open(path, options)? };
+        let tensor_bytes = tensors.values().map(|t| t.data.len()).sum();
+        Ok(Checkpoint { path: path.to_owned(), description, tensors, tensor_bytes })
+    }
+}
+
+/// Tensors of one file must not share bytes.
+fn check_disjoint<'a>(tensors: impl Iterator<Item = &'a TensorView>) -> Result<()> {
+    let mut views: Vec<&TensorView> = tensors.collect();
+    views.sort_by_key(|t| t.data.range.start);
+    for pair in views.windows(2) {
+        if pair[0].data.range.end > pair[1].data.range.start {
+            let what = format!("tensors {} and {} overlap", pair[0].name, pair[1].name);
+            return Err(Error::format(&pair[0].data.mapping.path, what));
+        }
+    }
+    Ok(())
 }

@@ -1,0 +1,89 @@
+//! The seam: a model prepared for a device, and a context that carries out one scheduled pass after another.
+
+mod reference;
+
+use std::sync::Arc;
+
+use crate::cache::{BlockCopy, Layout};
+use crate::error::{Result, unsupported};
+use crate::model::{BackendKind, Hyper, Weights};
+use crate::schedule::Plan;
+
+/// Element type of cached keys and values, and of the hidden rings.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[allow(non_camel_case_types)]
+pub enum CacheType {
+    F32,
+    #[default]
+    F16,
+    /// Blocks of 32 with one f16 scale, over the concatenated heads of a row (the last block is padded).
+    Q8_0,
+}
+
+impl CacheType {
+    /// Bytes of a row of `n` elements.
+    pub fn row_bytes(self, n: usize) -> usize {
+        match self {
+            CacheType::F32 => n * 4,
+            CacheType::F16 => n * 2,
+            CacheType::Q8_0 => n.div_ceil(32) * 34,
+        }
+    }
+}
+
+/// What a context is made for; everything is allocated at its creation.
+#[derive(Clone, Copy, Debug)]
+pub struct ContextOptions {
+    pub layout: Layout,
+    pub cache_type: CacheType,
+    pub n_threads: usize,
+    /// Rows of the largest pass.
+    pub max_rows: usize,
+    /// Rows of the logits buffer.
+    pub n_logits: usize,
+}
+
+/// Bytes held by a context.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ContextMemory {
+    pub cache: usize,
+    pub hidden: usize,
+    pub scratch: usize,
+}
+
+/// A model's weights, prepared.
+pub trait Backend: Send + Sync {
+    fn name(&self) -> String;
+    fn weight_bytes(&self) -> usize;
+    fn context(self: Arc<Self>, options: &ContextOptions) -> Result<Box<dyn Context>>;
+}
+
+/// Cache, rings and scratch of one session.
+pub trait Context: Send {
+    /// Computes a pass. `cancelled` is asked between layers. After an error the cache rows and rings that the pass
+    /// would have written hold nothing useful; logits and everything else are as before.
+    fn run(&mut self, plan: &Plan, cancelled: &dyn Fn() -> bool) -> Result<()>;
+    /// A row of the logits buffer, `[n_vocab]`.
+    fn logits(&self, row: usize) -> &[f32];
+    fn copy_logits(&mut self, src: usize, dst: usize);
+    fn copy_block(&mut self, copy: BlockCopy);
+    /// Copies a sequence's hidden rings.
+    fn copy_rings(&mut self, src: usize, dst: usize);
+    fn memory(&self) -> ContextMemory;
+}
+
+/// Prepares weights for the backend asked for; `progress` is told the fraction done and may cancel.
+pub(crate) fn prepare(
+    hyper: Arc<Hyper>,
+    weights: Weights,
+    kind: BackendKind,
+    progress: &mut dyn FnMut(f32) -> Result<()>,
+) -> Result<Arc<dyn Backend>> {
+    progress(0.0)?;
+    match kind {
+        BackendKind::Auto | BackendKind::Cpu | BackendKind::Reference => {
+            Ok(Arc::new(reference::Reference::new(hyper, weights)))
+        }
+        BackendKind::Cuda => Err(unsupported!("backend cuda is not part of this build")),
+    }
+}

@@ -1,0 +1,256 @@
+//! Text to token ids and back: tokenizer.json through the `tokenizers` crate, and the vocabularies of GGUF files.
+
+mod gguf;
+mod sentencepiece;
+mod stream;
+
+use std::path::Path;
+
+use serde_json::Value as Json;
+use tokenizers::Tokenizer as HubTokenizer;
+
+pub use gguf::GgufVocab;
+use sentencepiece::SentencePiece;
+pub use stream::{StreamDecoder, Utf8Stream};
+
+use crate::error::{Error, Result, invalid, unsupported};
+
+/// How the text of a vocabulary entry stands for bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Spelling {
+    /// GPT-2's alphabet: a printable character for each byte.
+    ByteLevel,
+    /// SentencePiece: U+2581 for a space, `<0xNN>` for a byte.
+    Pieces,
+}
+
+/// A vocabulary entry as bytes.
+#[derive(Clone, Debug, Default)]
+struct Token {
+    bytes: Box<[u8]>,
+    /// Control tokens stand for no text.
+    is_control: bool,
+}
+
+enum Encoder {
+    /// The same tokenizer twice: special tokens in the text are parsed, or are text like any other.
+    Hub {
+        parsing: Box<HubTokenizer>,
+        plain: Box<HubTokenizer>,
+    },
+    SentencePiece(Box<SentencePiece>),
+}
+
+/// Immutable; shared by any number of threads.
+pub struct Tokenizer {
+    encoder: Encoder,
+    tokens: Vec<Token>,
+    bos: Option<u32>,
+    eos: Option<u32>,
+    add_bos: bool,
+    add_eos: bool,
+    /// Ids that end a generation.
+    ends: Vec<u32>,
+    chat_template: Option<String>,
+    /// SentencePiece puts a space before a text; decoding takes it away again.
+    has_space_prefix: bool,
+}
+
+/// Texts of tokens that end a turn or a document in the families that are served, whatever the file calls them.
+const END_TEXTS: [&str; 8] =
+    ["<|endoftext|>", "<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<|eom_id|>", "<|end|>", "<end_of_turn>", "</s>"];
+
+impl Tokenizer {
+    /// Reads a `tokenizer.json`; the other files of the folder say which tokens begin and end a text.
+    ///
+    /// # Errors
+    /// `Format` naming the file, `Unsupported` for a decoder whose tokens do not spell bytes.
+    pub fn from_hub(
+        tokenizer_json: &Path,
+        tokenizer_config: Option<&Json>,
+        config: Option<&Json>,
+        generation_config: Option<&Json>,
+    ) -> Result<Tokenizer> {
+        let bytes = std::fs::read(tokenizer_json).map_err(|e| Error::io(tokenizer_json, e))?;
+        let fail = |what: String| Error::format(tokenizer_json, what);
+        let json: Json = serde_json::from_slice(&bytes).map_err(|e| fail(format!("is not JSON: {e}")))?;
+        let parsing = HubTokenizer::from_bytes(&bytes).map_err(|e| fail(format!("is not a tokenizer: {e}")))?;
+        let spelling = spelling_of(&json["decoder"]).ok_or_else(|| {
+            unsupported!("{}: decoder {} is not implemented", tokenizer_json.display(), json["decoder"]["type"])
+        })?;
+        let added = parsing.get_added_tokens_decoder();
+        let n = parsing.get_vocab(true).into_values().max().map_or(0, |id| id as usize + 1);
+        if n > 1 << 22 {
+            return Err(fail(format!("has a token id of {}, expected less than {}", n - 1, 1 << 22)));
+        }
+        let tokens = (0..n as u32)
+            .map(|id| match added.get(&id) {
+                Some(token) => Token { bytes: token.content.as_bytes().into(), is_control: token.special },
+                None => {
+                    Token { bytes: spelling.bytes(&parsing.id_to_token(id).unwrap_or_default()), is_control: false }
+                }
+            })
+            .collect();
+
+        let text_of = |name: &str| {
+            let value = tokenizer_config?.get(name)?;
+            value.as_str().or_else(|| value.get("content")?.as_str())
+        };
+        let special = |name: &str| {
+            let by_text = text_of(&format!("{name}_token")).and_then(|t| parsing.token_to_id(t));
+            by_text.or_else(|| u32::try_from(config?.get(format!("{name}_token_id"))?.as_u64()?).ok())
+        };
+        let (bos, eos) = (special("bos"), special("eos"));
+        let mut ends: Vec<u32> = eos.into_iter().collect();
+        for source in [config, generation_config].into_iter().flatten() {
+            let ids = match &source["eos_token_id"] {
+                Json::Array(ids) => ids.as_slice(),
+                id => std::slice::from_ref(id),
+            };
+            ends.extend(ids.iter().filter_map(|id| u32::try_from(id.as_u64()?).ok()));
+        }
+        let template = tokenizer_config.and_then(|c| match &c["chat_template"] {
+            Json::String(s) => Some(s.clone()),
+            // Several named templates: the default one.
+            Json::Array(list) => list.iter().find(|t| t["name"] == "default")?["template"].as_str().map(str::to_owned),
+            _ => None,
+        });
+        let mut plain = parsing.clone();
+        plain.set_encode_special_tokens(true);
+        let encoder = Encoder::Hub { parsing: Box::new(parsing), plain: Box::new(plain) };
+        // What is added around a text is the post-processor's business here.
+        let mut t = Tokenizer {
+            encoder,
+            tokens,
+            bos,
+            eos,
+            add_bos: false,
+            add_eos: false,
+            ends,
+            chat_template: template,
+            has_space_prefix: spelling == Spelling::Pieces,
+        };
+        t.finish_ends();
+        Ok(t)
+    }
+
+    /// Adds the well-known end tokens, drops ids that do not exist.
+    fn finish_ends(&mut self) {
+        for (id, token) in self.tokens.iter().enumerate() {
+            if token.is_control && END_TEXTS.iter().any(|t| t.as_bytes() == &*token.bytes) {
+                self.ends.push(id as u32);
+            }
+        }
+        self.ends.retain(|&id| (id as usize) < self.tokens.len());
+        self.ends.sort_unstable();
+        self.ends.dedup();
+    }
+
+    /// Token ids of a text. `add_special` adds what the model expects around a text (usually a begin token);
+    /// `parse_special` takes the spelling of a control token for that token.
+    ///
+    /// # Errors
+    /// `InvalidArgument` if the text is not UTF-8, naming the offset.
+    pub fn encode(&self, text: &[u8], add_special: bool, parse_special: bool) -> Result<Vec<u32>> {
+        let text = std::str::from_utf8(text)
+            .map_err(|e| invalid!("the text is not UTF-8: byte {} is no part of a character", e.valid_up_to()))?;
+        let mut ids = Vec::new();
+        if add_special && self.add_bos {
+            ids.extend(self.bos);
+        }
+        match &self.encoder {
+            Encoder::Hub { parsing, plain } => {
+                let tokenizer = if parse_special { parsing } else { plain };
+                let encoding = tokenizer
+                    .encode_fast(text, add_special)
+                    .map_err(|e| Error::Internal(format!("the tokenizer failed: {e}")))?;
+                ids.extend_from_slice(encoding.get_ids());
+            }
+            Encoder::SentencePiece(pieces) => pieces.encode(text, parse_special, &mut ids),
+        }
+        if add_special && self.add_eos {
+            ids.extend(self.eos);
+        }
+        Ok(ids)
+    }
+
+    fn token(&self, id: u32) -> Result<&Token> {
+        self.tokens
+            .get(id as usize)
+            .ok_or_else(|| invalid!("token {id} is not in the vocabulary of {} tokens", self.tokens.len()))
+    }
+
+    /// The bytes of one token, which may be part of a character; control tokens have none unless `special`.
+    pub fn token_bytes(&self, id: u32, special: bool) -> Result<&[u8]> {
+        let token = self.token(id)?;
+        Ok(if token.is_control && !special { &[] } else { &token.bytes })
+    }
+
+    /// The bytes of a text. Control tokens are left out.
+    pub fn decode(&self, ids: &[u32]) -> Result<Vec<u8>> {
+        let mut out = Vec::new();
+        for &id in ids {
+            let bytes = self.token_bytes(id, false)?;
+            let at_start = self.has_space_prefix && out.is_empty();
+            out.extend_from_slice(bytes.strip_prefix(b" ").filter(|_| at_start).unwrap_or(bytes));
+        }
+        Ok(out)
+    }
+
+    pub fn n_vocab(&self) -> usize {
+        self.tokens.len()
+    }
+
+    pub fn bos(&self) -> Option<u32> {
+        self.bos
+    }
+
+    pub fn eos(&self) -> Option<u32> {
+        self.eos
+    }
+
+    /// Whether generation ends with this token: end of text, of turn, of message.
+    pub fn is_end_of_generation(&self, id: u32) -> bool {
+        self.ends.binary_search(&id).is_ok()
+    }
+
+    pub fn chat_template(&self) -> Option<&str> {
+        self.chat_template.as_deref()
+    }
+}
+
+/// Finds out from a tokenizer.json's decoder how tokens spell bytes.
+fn spelling_of(decoder: &Json) -> Option<Spelling> {
+    match decoder["type"].as_str()? {
+        "ByteLevel" => Some(Spelling::ByteLevel),
+        "Metaspace" | "ByteFallback" => Some(Spelling::Pieces),
+        "Sequence" => decoder["decoders"].as_array()?.iter().find_map(spelling_of),
+        _ => None,
+    }
+}
+
+impl Spelling {
+    fn bytes(self, text: &str) -> Box<[u8]> {
+        match self {
+            // A character outside the alphabet stands for itself, as in added tokens.
+            Spelling::ByteLevel => match text.chars().map(byte_of).collect::<Option<Vec<u8>>>() {
+                Some(bytes) => bytes.into(),
+                None => text.as_bytes().into(),
+            },
+            Spelling::Pieces => match sentencepiece::byte_piece(text) {
+                Some(byte) => [byte].into(),
+                None => text.replace('\u{2581}', " ").into_bytes().into(),
+            },
+        }
+    }
+}
+
+/// GPT-2's alphabet, reversed: printable Latin-1 characters are themselves, the other bytes follow from U+0100 on.
+fn byte_of(c: char) -> Option<u8> {
+    let printable = |b: u8| matches!(b, 33..=126 | 161..=172 | 174..=255);
+    let code = u32::from(c);
+    match u8::try_from(code) {
+        Ok(byte) => printable(byte).then_some(byte),
+        Err(_) => (0..=255u8).filter(|&b| !printable(b)).nth(code as usize - 256),
+    }
+}

@@ -1,0 +1,69 @@
+//! What several test programs share.
+#![allow(dead_code)]
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use phd::model::{BackendKind, LoadOptions, Model};
+
+pub fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+pub fn demo_model() -> PathBuf {
+    root().join("models/kjv-phd-cswa-2-16-32")
+}
+
+/// A golden checkpoint: see `tests/data/golden/README.md`.
+pub struct Golden {
+    pub name: String,
+    pub path: PathBuf,
+    pub tokens: Vec<i32>,
+    /// `(position, n_vocab)`
+    pub logits: Vec<Vec<f32>>,
+    pub greedy: Vec<i32>,
+}
+
+pub fn golden() -> Vec<Golden> {
+    let mut folders: Vec<PathBuf> = std::fs::read_dir(root().join("tests/data/golden"))
+        .unwrap()
+        .map(|e| e.unwrap().path())
+        .filter(|p| p.is_dir())
+        .collect();
+    folders.sort();
+    folders.into_iter().map(|path| read_golden(&path)).collect()
+}
+
+fn read_golden(path: &Path) -> Golden {
+    let bytes = std::fs::read(path.join("golden.safetensors")).unwrap();
+    let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let words = |name: &str| -> Vec<[u8; 4]> {
+        file.tensor(name).unwrap().data().chunks(4).map(|b| b.try_into().unwrap()).collect()
+    };
+    let ints = |name: &str| words(name).into_iter().map(i32::from_le_bytes).collect();
+    let tokens: Vec<i32> = ints("tokens");
+    let all: Vec<f32> = words("logits").into_iter().map(f32::from_le_bytes).collect();
+    Golden {
+        name: path.file_name().unwrap().to_string_lossy().into_owned(),
+        logits: all.chunks(all.len() / tokens.len()).map(<[f32]>::to_vec).collect(),
+        greedy: ints("greedy"),
+        path: path.to_owned(),
+        tokens,
+    }
+}
+
+pub fn load(path: &Path, backend: BackendKind) -> Arc<Model> {
+    Arc::new(Model::load(path, LoadOptions { backend, ..Default::default() }).unwrap_or_else(|e| panic!("{e}")))
+}
+
+/// `max |difference| / max |expected|`: how golden logits are compared.
+pub fn difference(found: &[f32], expected: &[f32]) -> f32 {
+    assert_eq!(found.len(), expected.len());
+    let largest = expected.iter().fold(0.0f32, |a, x| a.max(x.abs()));
+    found.iter().zip(expected).fold(0.0f32, |a, (f, e)| if f.is_nan() { f32::INFINITY } else { a.max((f - e).abs()) })
+        / largest
+}
+
+pub fn argmax(logits: &[f32]) -> i32 {
+    (0..logits.len()).max_by(|&a, &b| logits[a].total_cmp(&logits[b]).then(b.cmp(&a))).unwrap() as i32
+}
