@@ -34,8 +34,8 @@ impl Layout {
             return Err(invalid!("n_sequences is {n_sequences}, expected 1 to {}", Self::MAX_SEQUENCES));
         }
         // A sequence wastes at most a block less one position. Small pools for many sequences get small blocks, so that
-        // the waste stays below an eighth of the pool.
-        let limit = if n_sequences == 1 { 16 } else { n_positions / (8 * n_sequences) };
+        // the waste stays below a sixty-fourth of the pool.
+        let limit = if n_sequences == 1 { 16 } else { n_positions / (64 * n_sequences) };
         let block = [16, 8, 4, 2, 1].into_iter().find(|&b| b <= limit.max(1)).unwrap_or(1);
         Ok(Layout {
             n_positions,

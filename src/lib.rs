@@ -8,6 +8,7 @@ pub mod backend;
 pub mod cache;
 pub mod checkpoint;
 mod error;
+pub mod ffi;
 pub mod model;
 pub mod sampling;
 pub mod schedule;

@@ -45,7 +45,6 @@ struct Merge {
     right: usize,
     /// Bytes of the merged symbol when the merge was found; another length means it is out of date.
     len: usize,
-    id: u32,
 }
 
 impl Ord for Merge {
@@ -152,7 +151,7 @@ impl SentencePiece {
             let len = symbols[left].len + symbols[right].len;
             let start = symbols[left].start;
             if let Some(&id) = self.ids.get(&text[start..start + len]) {
-                heap.push(Merge { score: self.scores[id as usize], left, right, len, id });
+                heap.push(Merge { score: self.scores[id as usize], left, right, len });
             }
         };
         for right in 1..symbols.len() {

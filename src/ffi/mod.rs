@@ -1,0 +1,200 @@
+//! The C boundary and nothing else: handles, status codes, parameter structs, every `extern "C"` function.
+//!
+//! Each export goes through [`guard`], which catches panics and turns a `Result` into a status. Nothing here unwinds into
+//! the caller, aborts, prints or exits.
+
+// C names are C's own.
+#![allow(non_camel_case_types, clippy::missing_safety_doc)]
+
+mod params;
+mod sampler;
+mod session;
+mod status;
+mod text;
+
+use std::ffi::{CStr, c_char};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::Path;
+use std::sync::Arc;
+
+pub use params::*;
+pub use sampler::*;
+pub use session::*;
+pub use status::*;
+pub use text::*;
+
+use crate::error::{Error, Result, invalid, unsupported};
+use crate::model::{BackendKind, LoadOptions, Model};
+
+/// Weights and tokenizer: immutable, shared by any number of threads.
+pub struct phd_model {
+    pub(crate) model: Arc<Model>,
+}
+
+/// Runs an export's body: a panic becomes `PHD_ERROR_INTERNAL`, a failure is described in `*error`.
+fn guard(error: *mut *mut phd_error, body: impl FnOnce() -> Result<()>) -> phd_status {
+    let result = catch_unwind(AssertUnwindSafe(body)).unwrap_or_else(|panic| {
+        let what = panic.downcast_ref::<&str>().map(|s| s.to_string());
+        let what = what.or_else(|| panic.downcast_ref::<String>().cloned());
+        Err(Error::Internal(what.unwrap_or_else(|| "panic".to_owned())))
+    });
+    match result {
+        Ok(()) => phd_status::PHD_OK,
+        Err(e) => status::report(e, error),
+    }
+}
+
+/// The object behind a handle that must not be null.
+///
+/// # Safety
+/// `handle` is null or was made by this library and not freed, and nothing holds it exclusively.
+unsafe fn borrow<'a, T>(handle: *const T, name: &str) -> Result<&'a T> {
+    // SAFETY: the caller's promise.
+    unsafe { handle.as_ref() }.ok_or_else(|| invalid!("{name} is null"))
+}
+
+/// Where an output goes.
+///
+/// # Safety
+/// `out` is null or points to memory for a `T` that the caller may write.
+unsafe fn output<'a, T>(out: *mut T, name: &str) -> Result<&'a mut std::mem::MaybeUninit<T>> {
+    // SAFETY: the caller's promise; MaybeUninit asks nothing of what is there.
+    unsafe { out.cast::<std::mem::MaybeUninit<T>>().as_mut() }.ok_or_else(|| invalid!("{name} is null"))
+}
+
+/// An input array, which may be null if it is empty.
+///
+/// # Safety
+/// `data` is null or points to `len` readable elements.
+unsafe fn input<'a, T>(data: *const T, len: usize, name: &str) -> Result<&'a [T]> {
+    if len == 0 {
+        return Ok(&[]);
+    }
+    if data.is_null() {
+        return Err(invalid!("{name} is null, but its length is {len}"));
+    }
+    if len > isize::MAX as usize / size_of::<T>().max(1) {
+        return Err(invalid!("{name} has a length of {len}, more than memory holds"));
+    }
+    // SAFETY: not null, readable for `len` elements by the caller's promise, and within isize::MAX bytes.
+    Ok(unsafe { std::slice::from_raw_parts(data, len) })
+}
+
+/// Copies `from` into the caller's buffer; a small one gets `BufferTooSmall` and the size in `*n`.
+///
+/// # Safety
+/// `to` is null or writable for `capacity` elements.
+unsafe fn copy_out<T: Copy, U>(from: &[T], to: *mut U, capacity: usize, n: *mut usize, name: &str) -> Result<()> {
+    assert_eq!(size_of::<T>(), size_of::<U>());
+    if to.is_null() && capacity > 0 {
+        return Err(invalid!("{name} is null, but its capacity is {capacity}"));
+    }
+    // SAFETY: `n` is null or the caller's size_t.
+    unsafe { output(n, "the length") }?.write(from.len());
+    if from.len() > capacity {
+        return Err(Error::BufferTooSmall { needed: from.len(), capacity });
+    }
+    if !from.is_empty() {
+        // SAFETY: `to` is writable for `capacity` >= `from.len()` elements of the same size, and freshly owned text cannot
+        // overlap it.
+        unsafe { std::ptr::copy_nonoverlapping(from.as_ptr().cast(), to, from.len()) };
+    }
+    Ok(())
+}
+
+/// Grows when the ABI breaks.
+#[unsafe(no_mangle)]
+pub extern "C" fn phd_abi_version() -> u32 {
+    1
+}
+
+/// The library's version, such as "0.1.0"; static.
+#[unsafe(no_mangle)]
+pub extern "C" fn phd_version() -> *const c_char {
+    concat!(env!("CARGO_PKG_VERSION"), "\0").as_ptr().cast()
+}
+
+/// Loads a Hub folder or a GGUF file. `params` may be null. On failure `*out` is as it was.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn phd_model_load(
+    path: *const c_char,
+    params: *const phd_model_params,
+    out: *mut *mut phd_model,
+    error: *mut *mut phd_error,
+) -> phd_status {
+    guard(error, || {
+        // SAFETY: the C contract: `path` is null or a terminated string, `params` null or a struct of its own struct_size,
+        // `out` null or a pointer's place.
+        let (path, params, out) = unsafe {
+            if path.is_null() {
+                return Err(invalid!("path is null"));
+            }
+            (CStr::from_ptr(path), params::read::<phd_model_params>(params)?, output(out, "out")?)
+        };
+        let path = path.to_str().map_err(|_| invalid!("path is not UTF-8"))?;
+        let backend = match params.backend {
+            0 => BackendKind::Auto,
+            1 => BackendKind::Cpu,
+            2 => BackendKind::Cuda,
+            3 => BackendKind::Reference,
+            other => return Err(invalid!("backend is {other}, expected a phd_backend")),
+        };
+        if params.device != 0 && backend != BackendKind::Cuda {
+            return Err(unsupported!("device {} does not exist on this backend, expected 0", params.device));
+        }
+        let mut progress = params.progress.map(|callback| {
+            let user = params.progress_user;
+            // SAFETY: the C contract: the callback may be called with `user` while phd_model_load runs.
+            move |fraction: f32| unsafe { callback(fraction, user) }
+        });
+        let rules =
+            (params.copies != 0).then_some((params.copies as usize, params.window as usize, params.chunk as usize));
+        let options = LoadOptions {
+            backend,
+            device: params.device,
+            mmap: params.no_mmap == 0,
+            rules,
+            progress: progress.as_mut().map(|p| p as &mut dyn FnMut(f32) -> bool),
+        };
+        let model = Model::load(Path::new(path), options)?;
+        out.write(Box::into_raw(Box::new(phd_model { model: Arc::new(model) })));
+        Ok(())
+    })
+}
+
+/// Frees the handle; null is fine. Sessions keep what they need alive.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn phd_model_free(model: *mut phd_model) {
+    guard(std::ptr::null_mut(), || {
+        if !model.is_null() {
+            // SAFETY: made by phd_model_load and, by the C contract, freed once.
+            drop(unsafe { Box::from_raw(model) });
+        }
+        Ok(())
+    });
+}
+
+/// Describes a model. The caller sets `out->struct_size`; no more than that is written.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn phd_model_info(
+    model: *const phd_model,
+    out: *mut phd_model_desc,
+    error: *mut *mut phd_error,
+) -> phd_status {
+    guard(error, || {
+        // SAFETY: a live handle and an out struct of its own struct_size, by the C contract.
+        let desc = unsafe { borrow(model, "model") }?.model.desc();
+        let value = phd_model_desc {
+            struct_size: 0,
+            n_vocab: desc.n_vocab as u32,
+            n_layers: desc.n_layers as u32,
+            n_embd: desc.n_embd as u32,
+            n_ctx_train: desc.n_ctx_train as u32,
+            copies: desc.rules.copies as u32,
+            window: desc.rules.window as u32,
+            chunk: desc.rules.chunk as u32,
+        };
+        // SAFETY: as above.
+        unsafe { params::write(value, out) }
+    })
+}
