@@ -14,14 +14,20 @@
 #include <stddef.h>
 #include <stdint.h>
 
-// Flags of phd_tokenize: add the special tokens that the model expects around a text.
+/*
+ Flags of phd_tokenize: add the special tokens that the model expects around a text.
+ */
 #define PHD_TOKENIZE_ADD_SPECIAL 1
 
-// Flags of phd_tokenize: take the spelling of a special token in the text for that token.
+/*
+ Flags of phd_tokenize: take the spelling of a special token in the text for that token.
+ */
 #define PHD_TOKENIZE_PARSE_SPECIAL 2
 
-// Values never change meaning; new ones are added at the end.
-typedef enum {
+/*
+ Values never change meaning; new ones are added at the end.
+ */
+typedef enum phd_status {
   PHD_OK = 0,
   PHD_ERROR_INVALID_ARGUMENT,
   PHD_ERROR_IO,
@@ -35,110 +41,171 @@ typedef enum {
   PHD_ERROR_INTERNAL,
 } phd_status;
 
-// What computes.
-typedef enum {
-  // The best there is.
+/*
+ What computes.
+ */
+typedef enum phd_backend {
+  /*
+   The best there is.
+   */
   PHD_BACKEND_AUTO = 0,
   PHD_BACKEND_CPU,
   PHD_BACKEND_CUDA,
-  // Plain f32 on one thread: slow, and what the others are compared with.
+  /*
+   Plain f32 on one thread: slow, and what the others are compared with.
+   */
   PHD_BACKEND_REFERENCE,
 } phd_backend;
 
-// Element type of cached keys and values.
-typedef enum {
+/*
+ Element type of cached keys and values.
+ */
+typedef enum phd_cache_type {
   PHD_CACHE_F32 = 0,
   PHD_CACHE_F16,
   PHD_CACHE_Q8_0,
 } phd_cache_type;
 
-typedef struct Option_phd_progress Option_phd_progress;
-
-// What went wrong: a status and a sentence. Freed by the caller.
+/*
+ What went wrong: a status and a sentence. Freed by the caller.
+ */
 typedef struct phd_error phd_error;
 
-// Weights and tokenizer: immutable, shared by any number of threads.
+/*
+ Weights and tokenizer: immutable, shared by any number of threads.
+ */
 typedef struct phd_model phd_model;
 
-// Turns logits into tokens, reproducibly. Used by one thread at a time; allocates nothing after its creation.
+/*
+ Turns logits into tokens, reproducibly. Used by one thread at a time; allocates nothing after its creation.
+ */
 typedef struct phd_sampler phd_sampler;
 
-// A fixed-size KV cache and the sequences in it. Calls from several threads wait for each other.
+/*
+ A fixed-size KV cache and the sequences in it. Calls from several threads wait for each other.
+ */
 typedef struct phd_session phd_session;
 
-// A streaming detokenizer: holds back the bytes of a character that later tokens complete.
+/*
+ A streaming detokenizer: holds back the bytes of a character that later tokens complete.
+ */
 typedef struct phd_stream phd_stream;
 
-typedef struct {
+/*
+ Told the fraction done, 0 to 1; returning false cancels the call. Must not call into the same session.
+ */
+typedef bool (*phd_progress)(float fraction, void *user);
+
+typedef struct phd_model_params {
   size_t struct_size;
-  // A phd_backend.
+  /*
+   A phd_backend.
+   */
   uint32_t backend;
   int32_t device;
-  // May be null.
-  Option_phd_progress progress;
+  /*
+   May be null.
+   */
+  phd_progress progress;
   void *progress_user;
-  // Instead of the checkpoint's own hidden decoding; 0 copies: as the checkpoint says.
+  /*
+   Instead of the checkpoint's own hidden decoding; 0 copies: as the checkpoint says.
+   */
   uint32_t copies;
   uint32_t window;
   uint32_t chunk;
-  // Read files whole instead of mapping them. A mapped file must not be truncated while the model lives.
+  /*
+   Read files whole instead of mapping them. A mapped file must not be truncated while the model lives.
+   */
   uint32_t no_mmap;
 } phd_model_params;
 
-typedef struct {
+typedef struct phd_model_desc {
   size_t struct_size;
   uint32_t n_vocab;
   uint32_t n_layers;
   uint32_t n_embd;
   uint32_t n_ctx_train;
-  // K: how often each token is read.
+  /*
+   K: how often each token is read.
+   */
   uint32_t copies;
-  // W, in hidden tokens; 0 = none.
+  /*
+   W, in hidden tokens; 0 = none.
+   */
   uint32_t window;
-  // C, in positions; 0 = none.
+  /*
+   C, in positions; 0 = none.
+   */
   uint32_t chunk;
 } phd_model_desc;
 
-typedef struct {
+typedef struct phd_session_params {
   size_t struct_size;
-  // The whole cache, in positions, shared by all sequences.
+  /*
+   The whole cache, in positions, shared by all sequences.
+   */
   uint32_t n_positions;
   uint32_t n_sequences;
-  // 0 = one per physical core.
+  /*
+   0 = one per physical core.
+   */
   uint32_t n_threads;
-  // A phd_cache_type.
+  /*
+   A phd_cache_type.
+   */
   uint32_t cache_type;
-  // Called between the passes of a long prefill; may be null.
-  Option_phd_progress progress;
+  /*
+   Called between the passes of a long prefill; may be null.
+   */
+  phd_progress progress;
   void *progress_user;
 } phd_session_params;
 
-typedef struct {
+typedef struct phd_sampler_params {
   size_t struct_size;
-  // 0 = greedy.
+  /*
+   0 = greedy.
+   */
   float temperature;
-  // 0 = off.
+  /*
+   0 = off.
+   */
   uint32_t top_k;
-  // 1 = off.
+  /*
+   1 = off.
+   */
   float top_p;
-  // 0 = off.
+  /*
+   0 = off.
+   */
   float min_p;
-  // 1 = off.
+  /*
+   1 = off.
+   */
   float repetition_penalty;
   float frequency_penalty;
   float presence_penalty;
-  // Recent tokens that the penalties look at; 0 = off.
+  /*
+   Recent tokens that the penalties look at; 0 = off.
+   */
   uint32_t penalty_last_n;
   uint64_t seed;
 } phd_sampler_params;
 
-// Exact bytes held by a session; the weights are shared with the model's other sessions.
-typedef struct {
+/*
+ Exact bytes held by a session; the weights are shared with the model's other sessions.
+ */
+typedef struct phd_memory {
   size_t struct_size;
   uint64_t weights_bytes;
-  // Keys and values of the original tokens.
+  /*
+   Keys and values of the original tokens.
+   */
   uint64_t cache_bytes;
-  // Hidden-token rings.
+  /*
+   Hidden-token rings.
+   */
   uint64_t hidden_bytes;
   uint64_t scratch_bytes;
 } phd_memory;
@@ -147,278 +214,439 @@ typedef struct {
 extern "C" {
 #endif // __cplusplus
 
-// Grows when the ABI breaks.
+/*
+ Grows when the ABI breaks.
+ */
 uint32_t phd_abi_version(void);
 
-// The library's version, such as "0.1.0"; static.
+/*
+ The library's version, such as "0.1.0"; static.
+ */
 const char *phd_version(void);
 
-// Loads a Hub folder or a GGUF file. `params` may be null. On failure `*out` is as it was.
-phd_status phd_model_load(const char *path, const phd_model_params *params, phd_model **out, phd_error **error);
+/*
+ Loads a Hub folder or a GGUF file. `params` may be null. On failure `*out` is as it was.
+ */
+enum phd_status phd_model_load(const char *path,
+                               const struct phd_model_params *params,
+                               struct phd_model **out,
+                               struct phd_error **error);
 
-// Frees the handle; null is fine. Sessions keep what they need alive.
-void phd_model_free(phd_model *model);
+/*
+ Frees the handle; null is fine. Sessions keep what they need alive.
+ */
+void phd_model_free(struct phd_model *model);
 
-// Describes a model. The caller sets `out->struct_size`; no more than that is written.
-phd_status phd_model_info(const phd_model *model, phd_model_desc *out, phd_error **error);
+/*
+ Describes a model. The caller sets `out->struct_size`; no more than that is written.
+ */
+enum phd_status phd_model_info(const struct phd_model *model, struct phd_model_desc *out, struct phd_error **error);
 
-// Writes the defaults into `params`; `struct_size` is `sizeof(phd_model_params)`.
-void phd_model_params_init(phd_model_params *params, size_t struct_size);
+/*
+ Writes the defaults into `params`; `struct_size` is `sizeof(phd_model_params)`.
+ */
+void phd_model_params_init(struct phd_model_params *params, size_t struct_size);
 
-// Writes the defaults into `params`; `struct_size` is `sizeof(phd_session_params)`.
-void phd_session_params_init(phd_session_params *params, size_t struct_size);
+/*
+ Writes the defaults into `params`; `struct_size` is `sizeof(phd_session_params)`.
+ */
+void phd_session_params_init(struct phd_session_params *params, size_t struct_size);
 
-// Writes the defaults into `params`; `struct_size` is `sizeof(phd_sampler_params)`.
-void phd_sampler_params_init(phd_sampler_params *params, size_t struct_size);
+/*
+ Writes the defaults into `params`; `struct_size` is `sizeof(phd_sampler_params)`.
+ */
+void phd_sampler_params_init(struct phd_sampler_params *params, size_t struct_size);
 
-// Creates a sampler for logits of `n_vocab`. `params` may be null. On failure `*out` is as it was.
-phd_status phd_sampler_create(const phd_sampler_params *params, size_t n_vocab, phd_sampler **out, phd_error **error);
+/*
+ Creates a sampler for logits of `n_vocab`. `params` may be null. On failure `*out` is as it was.
+ */
+enum phd_status phd_sampler_create(const struct phd_sampler_params *params,
+                                   size_t n_vocab,
+                                   struct phd_sampler **out,
+                                   struct phd_error **error);
 
-// Chooses a token from `n_vocab` logits, which are not changed. The choice is not remembered: see phd_sampler_accept.
-phd_status phd_sampler_sample(phd_sampler *sampler,
-                              const float *logits,
-                              size_t n_vocab,
-                              int32_t *token,
-                              phd_error **error);
+/*
+ Chooses a token from `n_vocab` logits, which are not changed. The choice is not remembered: see phd_sampler_accept.
+ */
+enum phd_status phd_sampler_sample(struct phd_sampler *sampler,
+                                   const float *logits,
+                                   size_t n_vocab,
+                                   int32_t *token,
+                                   struct phd_error **error);
 
-// Tells the penalties of a token that has become part of the text.
-phd_status phd_sampler_accept(phd_sampler *sampler, int32_t token, phd_error **error);
+/*
+ Tells the penalties of a token that has become part of the text.
+ */
+enum phd_status phd_sampler_accept(struct phd_sampler *sampler, int32_t token, struct phd_error **error);
 
-// Back to the seed and an empty memory.
-phd_status phd_sampler_reset(phd_sampler *sampler, phd_error **error);
+/*
+ Back to the seed and an empty memory.
+ */
+enum phd_status phd_sampler_reset(struct phd_sampler *sampler, struct phd_error **error);
 
-// Frees a sampler; null is fine.
-void phd_sampler_free(phd_sampler *sampler);
+/*
+ Frees a sampler; null is fine.
+ */
+void phd_sampler_free(struct phd_sampler *sampler);
 
-// Creates a session, with everything it will ever need. `params` may be null. On failure `*out` is as it was.
-phd_status phd_session_create(const phd_model *model,
-                              const phd_session_params *params,
-                              phd_session **out,
-                              phd_error **error);
+/*
+ Creates a session, with everything it will ever need. `params` may be null. On failure `*out` is as it was.
+ */
+enum phd_status phd_session_create(const struct phd_model *model,
+                                   const struct phd_session_params *params,
+                                   struct phd_session **out,
+                                   struct phd_error **error);
 
-// Frees a session; null is fine. No call may be running on it.
-void phd_session_free(phd_session *session);
+/*
+ Frees a session; null is fine. No call may be running on it.
+ */
+void phd_session_free(struct phd_session *session);
 
-// Reports what the session holds. The caller sets `out->struct_size`; no more than that is written.
-phd_status phd_session_memory(const phd_session *session, phd_memory *out, phd_error **error);
+/*
+ Reports what the session holds. The caller sets `out->struct_size`; no more than that is written.
+ */
+enum phd_status phd_session_memory(const struct phd_session *session, struct phd_memory *out, struct phd_error **error);
 
-// Appends `n_tokens` tokens to `seq` and leaves the last position's logits. After any failure the sequence, its logits
-// included, is what it was; `PHD_ERROR_CACHE_FULL` names the positions needed and free.
-phd_status phd_prefill(phd_session *session, int32_t seq, const int32_t *tokens, size_t n_tokens, phd_error **error);
+/*
+ Appends `n_tokens` tokens to `seq` and leaves the last position's logits. After any failure the sequence, its logits
+ included, is what it was; `PHD_ERROR_CACHE_FULL` names the positions needed and free.
+ */
+enum phd_status phd_prefill(struct phd_session *session,
+                            int32_t seq,
+                            const int32_t *tokens,
+                            size_t n_tokens,
+                            struct phd_error **error);
 
-// Appends one token; otherwise as phd_prefill.
-phd_status phd_step(phd_session *session, int32_t seq, int32_t token, phd_error **error);
+/*
+ Appends one token; otherwise as phd_prefill.
+ */
+enum phd_status phd_step(struct phd_session *session, int32_t seq, int32_t token, struct phd_error **error);
 
-// The logits that the last call on `seq` left, `n_vocab` of them. They lie in the session and are valid until the next
-// call that changes that sequence. `PHD_ERROR_INVALID_ARGUMENT` if there are none.
-phd_status phd_logits(const phd_session *session,
-                      int32_t seq,
-                      const float **logits,
-                      size_t *n_vocab,
-                      phd_error **error);
+/*
+ The logits that the last call on `seq` left, `n_vocab` of them. They lie in the session and are valid until the next
+ call that changes that sequence. `PHD_ERROR_INVALID_ARGUMENT` if there are none.
+ */
+enum phd_status phd_logits(const struct phd_session *session,
+                           int32_t seq,
+                           const float **logits,
+                           size_t *n_vocab,
+                           struct phd_error **error);
 
-// Positions in `seq`.
-phd_status phd_seq_length(const phd_session *session, int32_t seq, size_t *n_positions, phd_error **error);
+/*
+ Positions in `seq`.
+ */
+enum phd_status phd_seq_length(const struct phd_session *session,
+                               int32_t seq,
+                               size_t *n_positions,
+                               struct phd_error **error);
 
-// Shortens `seq` to `n_positions`; 0 empties it. Unless that changes nothing its logits are gone.
-phd_status phd_seq_truncate(phd_session *session, int32_t seq, size_t n_positions, phd_error **error);
+/*
+ Shortens `seq` to `n_positions`; 0 empties it. Unless that changes nothing its logits are gone.
+ */
+enum phd_status phd_seq_truncate(struct phd_session *session,
+                                 int32_t seq,
+                                 size_t n_positions,
+                                 struct phd_error **error);
 
-// Makes `dst` a copy of `src`, logits included, whatever `dst` held. Cache blocks are shared until one of the two writes
-// into them.
-phd_status phd_seq_fork(phd_session *session,
-                        int32_t src,
-                        int32_t dst,
-                        phd_error **error);
+/*
+ Makes `dst` a copy of `src`, logits included, whatever `dst` held. Cache blocks are shared until one of the two writes
+ into them.
+ */
+enum phd_status phd_seq_fork(struct phd_session *session, int32_t src, int32_t dst, struct phd_error **error);
 
-// From any thread: the call running on `seq`, or else the next one, returns `PHD_ERROR_CANCELLED`, which uses the
-// request up.
-phd_status phd_seq_cancel(const phd_session *session, int32_t seq, phd_error **error);
+/*
+ From any thread: the call running on `seq`, or else the next one, returns `PHD_ERROR_CANCELLED`, which uses the
+ request up.
+ */
+enum phd_status phd_seq_cancel(const struct phd_session *session, int32_t seq, struct phd_error **error);
 
-// Takes back a request to cancel that no call has used up.
-phd_status phd_seq_cancel_clear(const phd_session *session, int32_t seq, phd_error **error);
+/*
+ Takes back a request to cancel that no call has used up.
+ */
+enum phd_status phd_seq_cancel_clear(const struct phd_session *session, int32_t seq, struct phd_error **error);
 
-// The name of a status, such as "PHD_ERROR_IO"; static. For a number that is none: "PHD_ERROR_UNKNOWN".
+/*
+ The name of a status, such as "PHD_ERROR_IO"; static. For a number that is none: "PHD_ERROR_UNKNOWN".
+ */
 const char *phd_status_name(phd_status status);
 
-// The status of an error; `PHD_OK` for null.
-phd_status phd_error_status(const phd_error *error);
+/*
+ The status of an error; `PHD_OK` for null.
+ */
+enum phd_status phd_error_status(const struct phd_error *error);
 
-// One sentence naming the file, tensor or value; lives as long as the error. Empty for null.
-const char *phd_error_message(const phd_error *error);
+/*
+ One sentence naming the file, tensor or value; lives as long as the error. Empty for null.
+ */
+const char *phd_error_message(const struct phd_error *error);
 
-// Frees an error; null is fine.
-void phd_error_free(phd_error *error);
+/*
+ Frees an error; null is fine.
+ */
+void phd_error_free(struct phd_error *error);
 
-// Token ids of `len` bytes of UTF-8. `*n_tokens` is how many there are; if that exceeds `capacity`, nothing else is
-// written and the status is `PHD_ERROR_BUFFER_TOO_SMALL`. A null buffer with capacity 0 asks for the count.
-phd_status phd_tokenize(const phd_model *model,
-                        const char *text,
-                        size_t len,
-                        uint32_t flags,
-                        int32_t *tokens,
-                        size_t capacity,
-                        size_t *n_tokens,
-                        phd_error **error);
+/*
+ Token ids of `len` bytes of UTF-8. `*n_tokens` is how many there are; if that exceeds `capacity`, nothing else is
+ written and the status is `PHD_ERROR_BUFFER_TOO_SMALL`. A null buffer with capacity 0 asks for the count.
+ */
+enum phd_status phd_tokenize(const struct phd_model *model,
+                             const char *text,
+                             size_t len,
+                             uint32_t flags,
+                             int32_t *tokens,
+                             size_t capacity,
+                             size_t *n_tokens,
+                             struct phd_error **error);
 
-// The text of tokens, `*len` bytes, not terminated; it may end within a character. Control tokens have no text. Sizes
-// are handled as in phd_tokenize.
-phd_status phd_detokenize(const phd_model *model,
-                          const int32_t *tokens,
-                          size_t n_tokens,
-                          char *text,
-                          size_t capacity,
-                          size_t *len,
-                          phd_error **error);
+/*
+ The text of tokens, `*len` bytes, not terminated; it may end within a character. Control tokens have no text. Sizes
+ are handled as in phd_tokenize.
+ */
+enum phd_status phd_detokenize(const struct phd_model *model,
+                               const int32_t *tokens,
+                               size_t n_tokens,
+                               char *text,
+                               size_t capacity,
+                               size_t *len,
+                               struct phd_error **error);
 
-// Whether generation ends with `token`: end of text, of turn, of message.
-phd_status phd_token_is_end(const phd_model *model, int32_t token, bool *is_end, phd_error **error);
+/*
+ Whether generation ends with `token`: end of text, of turn, of message.
+ */
+enum phd_status phd_token_is_end(const struct phd_model *model, int32_t token, bool *is_end, struct phd_error **error);
 
-// Creates a streaming detokenizer. On failure `*out` is as it was.
-phd_status phd_stream_create(const phd_model *model, phd_stream **out, phd_error **error);
+/*
+ Creates a streaming detokenizer. On failure `*out` is as it was.
+ */
+enum phd_status phd_stream_create(const struct phd_model *model, struct phd_stream **out, struct phd_error **error);
 
-// Passes one token and writes the whole characters that it completes, `*len` bytes of UTF-8, not terminated. With
-// `PHD_ERROR_BUFFER_TOO_SMALL` the token has not been taken.
-phd_status phd_stream_push(phd_stream *stream,
-                           int32_t token,
-                           char *text,
-                           size_t capacity,
-                           size_t *len,
-                           phd_error **error);
+/*
+ Passes one token and writes the whole characters that it completes, `*len` bytes of UTF-8, not terminated. With
+ `PHD_ERROR_BUFFER_TOO_SMALL` the token has not been taken.
+ */
+enum phd_status phd_stream_push(struct phd_stream *stream,
+                                int32_t token,
+                                char *text,
+                                size_t capacity,
+                                size_t *len,
+                                struct phd_error **error);
 
-// Ends the text: an incomplete character becomes U+FFFD. The stream can then begin another.
-phd_status phd_stream_finish(phd_stream *stream, char *text, size_t capacity, size_t *len, phd_error **error);
+/*
+ Ends the text: an incomplete character becomes U+FFFD. The stream can then begin another.
+ */
+enum phd_status phd_stream_finish(struct phd_stream *stream,
+                                  char *text,
+                                  size_t capacity,
+                                  size_t *len,
+                                  struct phd_error **error);
 
-// Frees a stream; null is fine.
-void phd_stream_free(phd_stream *stream);
+/*
+ Frees a stream; null is fine.
+ */
+void phd_stream_free(struct phd_stream *stream);
 
-// The name of a status, such as "PHD_ERROR_IO"; static. For a number that is none: "PHD_ERROR_UNKNOWN".
+/*
+ The name of a status, such as "PHD_ERROR_IO"; static. For a number that is none: "PHD_ERROR_UNKNOWN".
+ */
 const char *phd_status_name(phd_status status);
 
-// The status of an error; `PHD_OK` for null.
-phd_status phd_error_status(const phd_error *error);
+/*
+ The status of an error; `PHD_OK` for null.
+ */
+enum phd_status phd_error_status(const struct phd_error *error);
 
-// One sentence naming the file, tensor or value; lives as long as the error. Empty for null.
-const char *phd_error_message(const phd_error *error);
+/*
+ One sentence naming the file, tensor or value; lives as long as the error. Empty for null.
+ */
+const char *phd_error_message(const struct phd_error *error);
 
-// Frees an error; null is fine.
-void phd_error_free(phd_error *error);
+/*
+ Frees an error; null is fine.
+ */
+void phd_error_free(struct phd_error *error);
 
-// Writes the defaults into `params`; `struct_size` is `sizeof(phd_model_params)`.
-void phd_model_params_init(phd_model_params *params, size_t struct_size);
+/*
+ Writes the defaults into `params`; `struct_size` is `sizeof(phd_model_params)`.
+ */
+void phd_model_params_init(struct phd_model_params *params, size_t struct_size);
 
-// Writes the defaults into `params`; `struct_size` is `sizeof(phd_session_params)`.
-void phd_session_params_init(phd_session_params *params, size_t struct_size);
+/*
+ Writes the defaults into `params`; `struct_size` is `sizeof(phd_session_params)`.
+ */
+void phd_session_params_init(struct phd_session_params *params, size_t struct_size);
 
-// Creates a session, with everything it will ever need. `params` may be null. On failure `*out` is as it was.
-phd_status phd_session_create(const phd_model *model,
-                              const phd_session_params *params,
-                              phd_session **out,
-                              phd_error **error);
+/*
+ Creates a session, with everything it will ever need. `params` may be null. On failure `*out` is as it was.
+ */
+enum phd_status phd_session_create(const struct phd_model *model,
+                                   const struct phd_session_params *params,
+                                   struct phd_session **out,
+                                   struct phd_error **error);
 
-// Frees a session; null is fine. No call may be running on it.
-void phd_session_free(phd_session *session);
+/*
+ Frees a session; null is fine. No call may be running on it.
+ */
+void phd_session_free(struct phd_session *session);
 
-// Reports what the session holds. The caller sets `out->struct_size`; no more than that is written.
-phd_status phd_session_memory(const phd_session *session, phd_memory *out, phd_error **error);
+/*
+ Reports what the session holds. The caller sets `out->struct_size`; no more than that is written.
+ */
+enum phd_status phd_session_memory(const struct phd_session *session, struct phd_memory *out, struct phd_error **error);
 
-// Appends `n_tokens` tokens to `seq` and leaves the last position's logits. After any failure the sequence, its logits
-// included, is what it was; `PHD_ERROR_CACHE_FULL` names the positions needed and free.
-phd_status phd_prefill(phd_session *session, int32_t seq, const int32_t *tokens, size_t n_tokens, phd_error **error);
+/*
+ Appends `n_tokens` tokens to `seq` and leaves the last position's logits. After any failure the sequence, its logits
+ included, is what it was; `PHD_ERROR_CACHE_FULL` names the positions needed and free.
+ */
+enum phd_status phd_prefill(struct phd_session *session,
+                            int32_t seq,
+                            const int32_t *tokens,
+                            size_t n_tokens,
+                            struct phd_error **error);
 
-// Appends one token; otherwise as phd_prefill.
-phd_status phd_step(phd_session *session, int32_t seq, int32_t token, phd_error **error);
+/*
+ Appends one token; otherwise as phd_prefill.
+ */
+enum phd_status phd_step(struct phd_session *session, int32_t seq, int32_t token, struct phd_error **error);
 
-// The logits that the last call on `seq` left, `n_vocab` of them. They lie in the session and are valid until the next
-// call that changes that sequence. `PHD_ERROR_INVALID_ARGUMENT` if there are none.
-phd_status phd_logits(const phd_session *session,
-                      int32_t seq,
-                      const float **logits,
-                      size_t *n_vocab,
-                      phd_error **error);
+/*
+ The logits that the last call on `seq` left, `n_vocab` of them. They lie in the session and are valid until the next
+ call that changes that sequence. `PHD_ERROR_INVALID_ARGUMENT` if there are none.
+ */
+enum phd_status phd_logits(const struct phd_session *session,
+                           int32_t seq,
+                           const float **logits,
+                           size_t *n_vocab,
+                           struct phd_error **error);
 
-// Positions in `seq`.
-phd_status phd_seq_length(const phd_session *session, int32_t seq, size_t *n_positions, phd_error **error);
+/*
+ Positions in `seq`.
+ */
+enum phd_status phd_seq_length(const struct phd_session *session,
+                               int32_t seq,
+                               size_t *n_positions,
+                               struct phd_error **error);
 
-// Shortens `seq` to `n_positions`; 0 empties it. Unless that changes nothing its logits are gone.
-phd_status phd_seq_truncate(phd_session *session, int32_t seq, size_t n_positions, phd_error **error);
+/*
+ Shortens `seq` to `n_positions`; 0 empties it. Unless that changes nothing its logits are gone.
+ */
+enum phd_status phd_seq_truncate(struct phd_session *session,
+                                 int32_t seq,
+                                 size_t n_positions,
+                                 struct phd_error **error);
 
-// Makes `dst` a copy of `src`, logits included, whatever `dst` held. Cache blocks are shared until one of the two writes
-// into them.
-phd_status phd_seq_fork(phd_session *session,
-                        int32_t src,
-                        int32_t dst,
-                        phd_error **error);
+/*
+ Makes `dst` a copy of `src`, logits included, whatever `dst` held. Cache blocks are shared until one of the two writes
+ into them.
+ */
+enum phd_status phd_seq_fork(struct phd_session *session, int32_t src, int32_t dst, struct phd_error **error);
 
-// From any thread: the call running on `seq`, or else the next one, returns `PHD_ERROR_CANCELLED`, which uses the
-// request up.
-phd_status phd_seq_cancel(const phd_session *session, int32_t seq, phd_error **error);
+/*
+ From any thread: the call running on `seq`, or else the next one, returns `PHD_ERROR_CANCELLED`, which uses the
+ request up.
+ */
+enum phd_status phd_seq_cancel(const struct phd_session *session, int32_t seq, struct phd_error **error);
 
-// Takes back a request to cancel that no call has used up.
-phd_status phd_seq_cancel_clear(const phd_session *session, int32_t seq, phd_error **error);
+/*
+ Takes back a request to cancel that no call has used up.
+ */
+enum phd_status phd_seq_cancel_clear(const struct phd_session *session, int32_t seq, struct phd_error **error);
 
-// Writes the defaults into `params`; `struct_size` is `sizeof(phd_sampler_params)`.
-void phd_sampler_params_init(phd_sampler_params *params, size_t struct_size);
+/*
+ Writes the defaults into `params`; `struct_size` is `sizeof(phd_sampler_params)`.
+ */
+void phd_sampler_params_init(struct phd_sampler_params *params, size_t struct_size);
 
-// Creates a sampler for logits of `n_vocab`. `params` may be null. On failure `*out` is as it was.
-phd_status phd_sampler_create(const phd_sampler_params *params, size_t n_vocab, phd_sampler **out, phd_error **error);
+/*
+ Creates a sampler for logits of `n_vocab`. `params` may be null. On failure `*out` is as it was.
+ */
+enum phd_status phd_sampler_create(const struct phd_sampler_params *params,
+                                   size_t n_vocab,
+                                   struct phd_sampler **out,
+                                   struct phd_error **error);
 
-// Chooses a token from `n_vocab` logits, which are not changed. The choice is not remembered: see phd_sampler_accept.
-phd_status phd_sampler_sample(phd_sampler *sampler,
-                              const float *logits,
-                              size_t n_vocab,
-                              int32_t *token,
-                              phd_error **error);
+/*
+ Chooses a token from `n_vocab` logits, which are not changed. The choice is not remembered: see phd_sampler_accept.
+ */
+enum phd_status phd_sampler_sample(struct phd_sampler *sampler,
+                                   const float *logits,
+                                   size_t n_vocab,
+                                   int32_t *token,
+                                   struct phd_error **error);
 
-// Tells the penalties of a token that has become part of the text.
-phd_status phd_sampler_accept(phd_sampler *sampler, int32_t token, phd_error **error);
+/*
+ Tells the penalties of a token that has become part of the text.
+ */
+enum phd_status phd_sampler_accept(struct phd_sampler *sampler, int32_t token, struct phd_error **error);
 
-// Back to the seed and an empty memory.
-phd_status phd_sampler_reset(phd_sampler *sampler, phd_error **error);
+/*
+ Back to the seed and an empty memory.
+ */
+enum phd_status phd_sampler_reset(struct phd_sampler *sampler, struct phd_error **error);
 
-// Frees a sampler; null is fine.
-void phd_sampler_free(phd_sampler *sampler);
+/*
+ Frees a sampler; null is fine.
+ */
+void phd_sampler_free(struct phd_sampler *sampler);
 
-// Token ids of `len` bytes of UTF-8. `*n_tokens` is how many there are; if that exceeds `capacity`, nothing else is
-// written and the status is `PHD_ERROR_BUFFER_TOO_SMALL`. A null buffer with capacity 0 asks for the count.
-phd_status phd_tokenize(const phd_model *model,
-                        const char *text,
-                        size_t len,
-                        uint32_t flags,
-                        int32_t *tokens,
-                        size_t capacity,
-                        size_t *n_tokens,
-                        phd_error **error);
+/*
+ Token ids of `len` bytes of UTF-8. `*n_tokens` is how many there are; if that exceeds `capacity`, nothing else is
+ written and the status is `PHD_ERROR_BUFFER_TOO_SMALL`. A null buffer with capacity 0 asks for the count.
+ */
+enum phd_status phd_tokenize(const struct phd_model *model,
+                             const char *text,
+                             size_t len,
+                             uint32_t flags,
+                             int32_t *tokens,
+                             size_t capacity,
+                             size_t *n_tokens,
+                             struct phd_error **error);
 
-// The text of tokens, `*len` bytes, not terminated; it may end within a character. Control tokens have no text. Sizes
-// are handled as in phd_tokenize.
-phd_status phd_detokenize(const phd_model *model,
-                          const int32_t *tokens,
-                          size_t n_tokens,
-                          char *text,
-                          size_t capacity,
-                          size_t *len,
-                          phd_error **error);
+/*
+ The text of tokens, `*len` bytes, not terminated; it may end within a character. Control tokens have no text. Sizes
+ are handled as in phd_tokenize.
+ */
+enum phd_status phd_detokenize(const struct phd_model *model,
+                               const int32_t *tokens,
+                               size_t n_tokens,
+                               char *text,
+                               size_t capacity,
+                               size_t *len,
+                               struct phd_error **error);
 
-// Whether generation ends with `token`: end of text, of turn, of message.
-phd_status phd_token_is_end(const phd_model *model, int32_t token, bool *is_end, phd_error **error);
+/*
+ Whether generation ends with `token`: end of text, of turn, of message.
+ */
+enum phd_status phd_token_is_end(const struct phd_model *model, int32_t token, bool *is_end, struct phd_error **error);
 
-// Creates a streaming detokenizer. On failure `*out` is as it was.
-phd_status phd_stream_create(const phd_model *model, phd_stream **out, phd_error **error);
+/*
+ Creates a streaming detokenizer. On failure `*out` is as it was.
+ */
+enum phd_status phd_stream_create(const struct phd_model *model, struct phd_stream **out, struct phd_error **error);
 
-// Passes one token and writes the whole characters that it completes, `*len` bytes of UTF-8, not terminated. With
-// `PHD_ERROR_BUFFER_TOO_SMALL` the token has not been taken.
-phd_status phd_stream_push(phd_stream *stream,
-                           int32_t token,
-                           char *text,
-                           size_t capacity,
-                           size_t *len,
-                           phd_error **error);
+/*
+ Passes one token and writes the whole characters that it completes, `*len` bytes of UTF-8, not terminated. With
+ `PHD_ERROR_BUFFER_TOO_SMALL` the token has not been taken.
+ */
+enum phd_status phd_stream_push(struct phd_stream *stream,
+                                int32_t token,
+                                char *text,
+                                size_t capacity,
+                                size_t *len,
+                                struct phd_error **error);
 
-// Ends the text: an incomplete character becomes U+FFFD. The stream can then begin another.
-phd_status phd_stream_finish(phd_stream *stream, char *text, size_t capacity, size_t *len, phd_error **error);
+/*
+ Ends the text: an incomplete character becomes U+FFFD. The stream can then begin another.
+ */
+enum phd_status phd_stream_finish(struct phd_stream *stream,
+                                  char *text,
+                                  size_t capacity,
+                                  size_t *len,
+                                  struct phd_error **error);
 
-// Frees a stream; null is fine.
-void phd_stream_free(phd_stream *stream);
+/*
+ Frees a stream; null is fine.
+ */
+void phd_stream_free(struct phd_stream *stream);
 
 #ifdef __cplusplus
 }  // extern "C"

@@ -1,0 +1,259 @@
+/* The C interface as a program uses and misuses it. Compiled as C99 and as C++17. */
+#include "phd.h"
+
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+static int failures = 0;
+
+#define CHECK(condition)                                                  \
+  do {                                                                    \
+    if (!(condition)) {                                                   \
+      fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition);     \
+      failures++;                                                         \
+    }                                                                     \
+  } while (0)
+
+/* The call must give `expected`, and a sentence that contains `word`. */
+#define EXPECT(expected, word, call)                                                            \
+  do {                                                                                          \
+    phd_error *error = NULL;                                                                    \
+    phd_status status = (call);                                                                 \
+    if (status != (expected) || (status != PHD_OK) != (error != NULL) ||                        \
+        phd_error_status(error) != status || strstr(phd_error_message(error), word) == NULL) {  \
+      fprintf(stderr, "%s:%d: %s: %s: %s\n", __FILE__, __LINE__, #call, phd_status_name(status), \
+              phd_error_message(error));                                                        \
+      failures++;                                                                               \
+    }                                                                                           \
+    phd_error_free(error);                                                                      \
+  } while (0)
+
+#define OK(call) EXPECT(PHD_OK, "", call)
+#define INVALID(word, call) EXPECT(PHD_ERROR_INVALID_ARGUMENT, word, call)
+
+enum { N = 40 };
+
+static bool stop_at_once(float fraction, void *user) {
+  *(int *)user += 1;
+  return fraction < 0.0f;
+}
+
+static void models(const char *golden, const char *folder) {
+  phd_model *model = NULL;
+  phd_model_params params;
+  char path[4096];
+  INVALID("path", phd_model_load(NULL, NULL, &model, &error));
+  INVALID("out", phd_model_load(golden, NULL, NULL, &error));
+  EXPECT(PHD_ERROR_IO, "/no/such/model", phd_model_load("/no/such/model", NULL, &model, &error));
+  EXPECT(PHD_ERROR_FORMAT, "config.json", phd_model_load(folder, NULL, &model, &error));
+  snprintf(path, sizeof path, "%s/config.json", golden);
+  EXPECT(PHD_ERROR_FORMAT, "GGUF", phd_model_load(path, NULL, &model, &error));
+  CHECK(phd_model_load("/no/such/model", NULL, &model, NULL) == PHD_ERROR_IO);
+
+  phd_model_params_init(&params, sizeof params);
+  params.backend = 77;
+  INVALID("77", phd_model_load(golden, &params, &model, &error));
+  phd_model_params_init(&params, sizeof params);
+  params.struct_size = 3;
+  INVALID("struct_size", phd_model_load(golden, &params, &model, &error));
+  phd_model_params_init(&params, sizeof params);
+  params.copies = 100000;
+  INVALID("100000", phd_model_load(golden, &params, &model, &error));
+  phd_model_params_init(&params, sizeof params);
+  int calls = 0;
+  params.progress = stop_at_once;
+  params.progress_user = &calls;
+  EXPECT(PHD_ERROR_CANCELLED, "cancelled", phd_model_load(golden, &params, &model, &error));
+  CHECK(calls == 1);
+  CHECK(model == NULL);
+
+  /* An older, shorter struct; and a newer one whose tail is zero. */
+  phd_model_params_init(&params, offsetof(phd_model_params, progress));
+  params.backend = PHD_BACKEND_CPU;
+  OK(phd_model_load(golden, &params, &model, &error));
+  phd_model_free(model);
+  struct { phd_model_params known; uint64_t later; } newer;
+  memset(&newer, 0, sizeof newer);
+  phd_model_params_init(&newer.known, sizeof newer);
+  OK(phd_model_load(golden, &newer.known, &model, &error));
+  phd_model_desc desc;
+  memset(&desc, 0xff, sizeof desc);
+  desc.struct_size = offsetof(phd_model_desc, window);
+  OK(phd_model_info(model, &desc, &error));
+  CHECK(desc.copies == 2 && desc.n_vocab == 128 && desc.n_layers == 3 && desc.n_embd == 64 && desc.n_ctx_train == 512);
+  CHECK(desc.window == UINT32_MAX);
+  desc.struct_size = sizeof desc;
+  OK(phd_model_info(model, &desc, &error));
+  CHECK(desc.window == 16 && desc.chunk == 32);
+  INVALID("model", phd_model_info(NULL, &desc, &error));
+  INVALID("out", phd_model_info(model, NULL, &error));
+  desc.struct_size = 0;
+  INVALID("struct_size", phd_model_info(model, &desc, &error));
+  size_t n = 0;
+  EXPECT(PHD_ERROR_UNSUPPORTED, "tokenizer", phd_tokenize(model, "a", 1, 0, NULL, 0, &n, &error));
+  phd_model_free(model);
+  newer.later = 1;
+  INVALID("field", phd_model_load(golden, &newer.known, &model, &error));
+}
+
+static void sessions(const char *golden) {
+  phd_model *model = NULL;
+  phd_session *session = NULL, *other = NULL;
+  phd_session_params params;
+  const float *logits = NULL;
+  float first[128];
+  size_t n = 0;
+  int32_t tokens[N + 1];
+  for (int i = 0; i <= N; i++) tokens[i] = (i * 37 + 11) % 128;
+  OK(phd_model_load(golden, NULL, &model, &error));
+  phd_session_params_init(&params, sizeof params);
+  params.n_positions = 0;
+  INVALID("n_positions", phd_session_create(model, &params, &session, &error));
+  params.n_positions = N;
+  params.n_sequences = 0;
+  INVALID("n_sequences", phd_session_create(model, &params, &session, &error));
+  params.n_sequences = 2;
+  params.cache_type = 9;
+  INVALID("cache_type", phd_session_create(model, &params, &session, &error));
+  params.cache_type = PHD_CACHE_F32;
+  INVALID("model", phd_session_create(NULL, &params, &session, &error));
+  INVALID("out", phd_session_create(model, &params, NULL, &error));
+  OK(phd_session_create(model, &params, &session, &error));
+  OK(phd_session_create(model, &params, &other, &error));
+  phd_model_free(model); /* sessions keep what they need */
+
+  phd_memory memory;
+  memory.struct_size = sizeof memory;
+  OK(phd_session_memory(session, &memory, &error));
+  CHECK(memory.cache_bytes == 3 * 2 * N * 32 * 4);
+  CHECK(memory.hidden_bytes == 3 * 2 * 2 * 16 * 32 * 4);
+  CHECK(memory.weights_bytes > 200000 && memory.scratch_bytes > 0);
+  INVALID("session", phd_session_memory(NULL, &memory, &error));
+
+  INVALID("session", phd_prefill(NULL, 0, tokens, 1, &error));
+  INVALID("tokens is null", phd_prefill(session, 0, NULL, 1, &error));
+  INVALID("no tokens", phd_prefill(session, 0, tokens, 0, &error));
+  INVALID("sequence 2", phd_prefill(session, 2, tokens, 1, &error));
+  INVALID("sequence -1", phd_step(session, -1, 1, &error));
+  INVALID("128", phd_step(session, 0, 128, &error));
+  INVALID("-5", phd_step(session, 0, -5, &error));
+  INVALID("no logits", phd_logits(session, 0, &logits, &n, &error));
+  EXPECT(PHD_ERROR_CACHE_FULL, "1 more", (phd_prefill(session, 0, tokens, N, NULL), phd_step(session, 0, 1, &error)));
+  OK(phd_seq_length(session, 0, &n, &error));
+  CHECK(n == N);
+  OK(phd_logits(session, 0, &logits, &n, &error));
+  CHECK(n == 128);
+  memcpy(first, logits, sizeof first);
+  INVALID("logits is null", phd_logits(session, 0, NULL, &n, &error));
+
+  /* A failed call changes nothing; what follows a rollback is what would have followed anyway. */
+  OK(phd_seq_truncate(session, 0, N / 2, &error));
+  EXPECT(PHD_ERROR_CACHE_FULL, "21 more", phd_prefill(session, 0, tokens, N / 2 + 1, &error));
+  INVALID("truncated", phd_seq_truncate(session, 0, N, &error));
+  OK(phd_prefill(session, 0, tokens + N / 2, N - N / 2, &error));
+  OK(phd_logits(session, 0, &logits, &n, &error));
+  for (int i = 0; i < 128; i++) CHECK(fabsf(logits[i] - first[i]) < 1e-4f);
+
+  OK(phd_seq_cancel(session, 0, &error));
+  OK(phd_seq_truncate(session, 0, N - 1, &error));
+  EXPECT(PHD_ERROR_CANCELLED, "cancelled", phd_step(session, 0, tokens[N - 1], &error));
+  OK(phd_step(session, 0, tokens[N - 1], &error));
+  OK(phd_seq_cancel(session, 0, &error));
+  OK(phd_seq_cancel_clear(session, 0, &error));
+  INVALID("sequence 7", phd_seq_cancel(session, 7, &error));
+  OK(phd_seq_fork(session, 0, 1, &error));
+  OK(phd_logits(session, 1, &logits, &n, &error));
+  for (int i = 0; i < 128; i++) CHECK(fabsf(logits[i] - first[i]) < 1e-4f);
+  INVALID("sequence 5", phd_seq_fork(session, 0, 5, &error));
+  OK(phd_seq_truncate(session, 0, 0, &error));
+  OK(phd_seq_length(session, 0, &n, &error));
+  CHECK(n == 0);
+  OK(phd_prefill(other, 1, tokens, N, &error));
+  phd_session_free(session);
+  OK(phd_logits(other, 1, &logits, &n, &error));
+  for (int i = 0; i < 128; i++) CHECK(fabsf(logits[i] - first[i]) < 1e-4f);
+  phd_session_free(other);
+}
+
+static void text(const char *demo) {
+  phd_model *model = NULL;
+  phd_stream *stream = NULL;
+  int32_t tokens[64];
+  char buffer[64];
+  const char *prompt = "In the beginning \xf0\x9f\x8c\x8d";
+  size_t n = 0, length = 0, total = 0;
+  bool is_end = false;
+  OK(phd_model_load(demo, NULL, &model, &error));
+  EXPECT(PHD_ERROR_BUFFER_TOO_SMALL, "0 elements", phd_tokenize(model, prompt, strlen(prompt), 0, NULL, 0, &n, &error));
+  CHECK(n > 5 && n < 64);
+  EXPECT(PHD_ERROR_BUFFER_TOO_SMALL, "1 elements", phd_tokenize(model, prompt, strlen(prompt), 0, tokens, 1, &n, &error));
+  OK(phd_tokenize(model, prompt, strlen(prompt), 3, tokens, 64, &n, &error));
+  INVALID("flags", phd_tokenize(model, prompt, 2, 4, tokens, 64, &n, &error));
+  INVALID("UTF-8", phd_tokenize(model, "\xff", 1, 0, tokens, 64, &n, &error));
+  INVALID("text is null", phd_tokenize(model, NULL, 1, 0, tokens, 64, &n, &error));
+  INVALID("tokens is null", phd_tokenize(model, prompt, 2, 0, NULL, 4, &n, &error));
+  OK(phd_tokenize(model, NULL, 0, 0, NULL, 0, &n, &error));
+  CHECK(n == 0);
+  OK(phd_tokenize(model, prompt, strlen(prompt), 0, tokens, 64, &n, &error));
+  OK(phd_detokenize(model, tokens, n, buffer, sizeof buffer, &length, &error));
+  CHECK(length == strlen(prompt) && memcmp(buffer, prompt, length) == 0);
+  EXPECT(PHD_ERROR_BUFFER_TOO_SMALL, "", phd_detokenize(model, tokens, n, NULL, 0, &length, &error));
+  CHECK(length == strlen(prompt));
+  tokens[n] = 1 << 20;
+  INVALID("1048576", phd_detokenize(model, tokens, n + 1, buffer, sizeof buffer, &length, &error));
+  OK(phd_stream_create(model, &stream, &error));
+  for (size_t i = 0; i < n; i++) {
+    OK(phd_stream_push(stream, tokens[i], buffer + total, sizeof buffer - total, &length, &error));
+    total += length;
+  }
+  CHECK(total == strlen(prompt) && memcmp(buffer, prompt, total) == 0);
+  OK(phd_stream_finish(stream, buffer, sizeof buffer, &length, &error));
+  CHECK(length == 0);
+  OK(phd_token_is_end(model, 0, &is_end, &error));
+  CHECK(is_end);
+  INVALID("stream", phd_stream_push(NULL, 0, buffer, 1, &length, &error));
+  phd_stream_free(stream);
+  phd_model_free(model);
+}
+
+static void samplers(void) {
+  phd_sampler *sampler = NULL;
+  phd_sampler_params params;
+  const float logits[4] = {0.0f, 3.0f, 1.0f, -2.0f};
+  int32_t token = -1;
+  phd_sampler_params_init(&params, sizeof params);
+  params.top_p = -1.0f;
+  INVALID("top_p", phd_sampler_create(&params, 4, &sampler, &error));
+  phd_sampler_params_init(&params, sizeof params);
+  params.temperature = 0.0f;
+  OK(phd_sampler_create(&params, 4, &sampler, &error));
+  OK(phd_sampler_sample(sampler, logits, 4, &token, &error));
+  CHECK(token == 1);
+  INVALID("", phd_sampler_sample(sampler, logits, 3, &token, &error));
+  INVALID("logits", phd_sampler_sample(sampler, NULL, 4, &token, &error));
+  INVALID("9", phd_sampler_accept(sampler, 9, &error));
+  OK(phd_sampler_accept(sampler, 1, &error));
+  OK(phd_sampler_reset(sampler, &error));
+  phd_sampler_free(sampler);
+}
+
+int main(int argc, char **argv) {
+  if (argc != 4) return 2;
+  CHECK(phd_abi_version() == 1 && strlen(phd_version()) > 4);
+  CHECK(strcmp(phd_status_name(PHD_ERROR_CACHE_FULL), "PHD_ERROR_CACHE_FULL") == 0);
+  CHECK(PHD_ERROR_INTERNAL == 10 && PHD_BACKEND_CUDA == 2 && PHD_CACHE_Q8_0 == 2);
+  CHECK(phd_error_status(NULL) == PHD_OK && strlen(phd_error_message(NULL)) == 0);
+  phd_model_free(NULL);
+  phd_session_free(NULL);
+  phd_sampler_free(NULL);
+  phd_stream_free(NULL);
+  phd_error_free(NULL);
+  models(argv[1], argv[3]);
+  sessions(argv[1]);
+  text(argv[2]);
+  samplers();
+  if (failures == 0) puts("contract holds");
+  return failures != 0;
+}

@@ -1,0 +1,120 @@
+//! C99 and C++17 programs on `libphd.so`: plainly, under the sanitizers, and under Valgrind; and what the library exports.
+
+mod common;
+
+use std::path::PathBuf;
+use std::process::Command;
+
+/// The folder of `libphd.so`: cargo builds it beside the test programs' folder.
+fn library_folder() -> PathBuf {
+    let folder = std::env::current_exe().unwrap().ancestors().nth(2).unwrap().to_owned();
+    assert!(
+        folder.join("libphd.so").is_file(),
+        "no libphd.so in {}: run cargo build --release first",
+        folder.display()
+    );
+    folder
+}
+
+fn run(command: &mut Command) -> String {
+    let output = command.output().unwrap_or_else(|e| panic!("{command:?}: {e}"));
+    let text = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert!(output.status.success(), "{command:?}: {}\n{text}", output.status);
+    text
+}
+
+struct Program {
+    folder: tempfile::TempDir,
+}
+
+impl Program {
+    fn compile(source: &str, compiler: &str, flags: &[&str]) -> Program {
+        let (root, lib) = (common::root(), library_folder());
+        let program = Program { folder: tempfile::tempdir().unwrap() };
+        run(Command::new(compiler)
+            .args(["-g", "-Wall", "-Wextra", "-Wpedantic", "-Werror"])
+            .args(flags)
+            .arg("-I")
+            .arg(root.join("include"))
+            .arg(root.join(source))
+            .args(["-x", "none", "-L"])
+            .arg(&lib)
+            .args(["-lphd", "-lm"])
+            .arg(format!("-Wl,-rpath,{}", lib.display()))
+            .arg("-o")
+            .arg(program.path()));
+        program
+    }
+
+    fn path(&self) -> PathBuf {
+        self.folder.path().join("program")
+    }
+}
+
+fn contract(command: &mut Command) {
+    let root = common::root();
+    let text = run(command
+        .arg(root.join("tests/data/golden/llama-cswa-k2-w16-c32"))
+        .arg(common::demo_model())
+        .arg(root.join("tests")));
+    assert!(text.contains("contract holds"), "{text}");
+}
+
+const C99: &[&str] = &["-x", "c", "-std=c99"];
+const CPP17: &[&str] = &["-x", "c++", "-std=c++17"];
+const SANITIZERS: &[&str] = &["-fsanitize=address,undefined", "-fno-sanitize-recover=all"];
+
+#[test]
+fn c99() {
+    contract(&mut Command::new(Program::compile("tests/c/contract.c", "cc", C99).path()));
+}
+
+#[test]
+fn cpp17() {
+    contract(&mut Command::new(Program::compile("tests/c/contract.c", "c++", CPP17).path()));
+}
+
+#[test]
+fn c99_under_sanitizers() {
+    let flags = [C99, SANITIZERS].concat();
+    contract(&mut Command::new(Program::compile("tests/c/contract.c", "cc", &flags).path()));
+}
+
+#[test]
+fn cpp17_under_sanitizers() {
+    let flags = [CPP17, SANITIZERS].concat();
+    contract(&mut Command::new(Program::compile("tests/c/contract.c", "c++", &flags).path()));
+}
+
+#[test]
+fn c99_under_valgrind() {
+    let program = Program::compile("tests/c/contract.c", "cc", C99);
+    let mut command = Command::new("valgrind");
+    contract(
+        command
+            .args(["--quiet", "--error-exitcode=9", "--leak-check=full", "--errors-for-leak-kinds=definite"])
+            .arg(program.path()),
+    );
+}
+
+#[test]
+fn the_example_generates() {
+    let program = Program::compile("examples/c/generate.c", "cc", C99);
+    let text = run(Command::new(program.path()).arg(common::demo_model()).args(["In the beginning", "24"]));
+    assert_eq!(
+        text,
+        "In the beginning of the Lord,\nAnd the greatest of the world, and all the world\nCannot be so,\n"
+    );
+    let missing = Command::new(program.path()).args(["/no/such/model", "x"]).output().unwrap();
+    assert_eq!(missing.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&missing.stderr).contains("/no/such/model"));
+}
+
+#[test]
+fn only_phd_symbols_are_exported() {
+    let symbols = run(Command::new("nm").args(["-D", "--defined-only"]).arg(library_folder().join("libphd.so")));
+    let names: Vec<&str> = symbols.lines().filter_map(|l| l.split_whitespace().last()).collect();
+    assert!(names.contains(&"phd_model_load"));
+    let foreign: Vec<&&str> = names.iter().filter(|n| !n.starts_with("phd_")).collect();
+    assert!(foreign.is_empty(), "{foreign:?}");
+}
