@@ -1,5 +1,6 @@
 //! Text to token ids and back: tokenizer.json through the `tokenizers` crate, and the vocabularies of GGUF files.
 
+pub mod chat;
 mod gguf;
 mod sentencepiece;
 mod stream;

@@ -1,0 +1,234 @@
+//! `phd run` and `phd chat`.
+
+use std::io::{BufRead, Read, Write};
+use std::time::Instant;
+
+use clap::Args;
+use phd::sampling::{Sampler, SamplerParams};
+use phd::session::Session;
+use phd::tokenizer::chat::ChatTemplate;
+use phd::tokenizer::{StreamDecoder, Tokenizer};
+use serde_json::json;
+
+use crate::{Common, Failure, describe_memory, ids, tokenizer};
+
+#[derive(Args, Clone)]
+struct Sampling {
+    /// Temperature; 0 = greedy
+    #[arg(long, default_value_t = 0.8)]
+    temp: f32,
+    /// Keep the K likeliest tokens; 0 = all
+    #[arg(long, default_value_t = 40)]
+    top_k: u32,
+    /// Keep the likeliest tokens that make up this probability; 1 = all
+    #[arg(long, default_value_t = 0.95)]
+    top_p: f32,
+    /// Keep tokens of at least this share of the likeliest one's probability; 0 = all
+    #[arg(long, default_value_t = 0.05)]
+    min_p: f32,
+    /// Divide what was said before; 1 = off
+    #[arg(long, default_value_t = 1.0)]
+    repeat_penalty: f32,
+    /// Recent tokens that penalties look at
+    #[arg(long, default_value_t = 64)]
+    repeat_last_n: u32,
+    /// Equal seeds give equal texts
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+}
+
+impl Sampling {
+    fn sampler(&self, n_vocab: usize) -> Result<Sampler, Failure> {
+        let params = SamplerParams {
+            temperature: self.temp,
+            top_k: self.top_k,
+            top_p: self.top_p,
+            min_p: self.min_p,
+            repetition_penalty: self.repeat_penalty,
+            penalty_last_n: self.repeat_last_n,
+            seed: self.seed,
+            ..Default::default()
+        };
+        Ok(Sampler::new(params, n_vocab)?)
+    }
+}
+
+#[derive(Args)]
+pub struct Run {
+    #[command(flatten)]
+    common: Common,
+    /// The prompt; - reads it from standard input
+    #[arg(short, long)]
+    prompt: String,
+    /// Tokens to generate at most
+    #[arg(short, long, default_value_t = 128)]
+    n_predict: usize,
+    #[command(flatten)]
+    sampling: Sampling,
+}
+
+impl Run {
+    pub fn execute(&self) -> Result<(), Failure> {
+        let mut prompt = self.prompt.clone();
+        if prompt == "-" {
+            prompt.clear();
+            std::io::stdin().read_to_string(&mut prompt)?;
+        }
+        let model = self.common.load()?;
+        let tokenizer = tokenizer(&model, &self.common.model)?;
+        let tokens = ids(tokenizer.encode(prompt.as_bytes(), true, true)?);
+        if tokens.is_empty() {
+            return Err("the prompt has no tokens".into());
+        }
+        let mut session = self.common.session(&model, self.common.n_positions)?;
+        let mut sampler = self.sampling.sampler(model.desc().n_vocab)?;
+        let mut out = std::io::stdout().lock();
+        write!(out, "{prompt}")?;
+        out.flush()?;
+        let begin = Instant::now();
+        prefill(&mut session, &tokens)?;
+        let prefill_seconds = begin.elapsed().as_secs_f64();
+        tokens.iter().for_each(|&t| sampler.accept(t as u32));
+        let begin = Instant::now();
+        let reply = generate(&mut session, &mut sampler, tokenizer, self.n_predict, &mut out)?;
+        let step_seconds = begin.elapsed().as_secs_f64();
+        writeln!(out)?;
+        eprintln!(
+            "\nprefill {} tokens at {:.1} tok/s; {} steps at {:.1} tok/s\n{}",
+            tokens.len(),
+            tokens.len() as f64 / prefill_seconds,
+            reply.len(),
+            reply.len() as f64 / step_seconds.max(1e-9),
+            describe_memory(&session),
+        );
+        Ok(())
+    }
+}
+
+/// Prefill with a progress bar, which draws on a terminal only.
+fn prefill(session: &mut Session, tokens: &[i32]) -> Result<(), Failure> {
+    let bar = indicatif::ProgressBar::new(100).with_message("prefill");
+    let shown = bar.clone();
+    session.set_progress(Some(Box::new(move |fraction| {
+        shown.set_position((fraction * 100.0) as u64);
+        true
+    })));
+    let result = session.prefill(0, tokens);
+    session.set_progress(None);
+    bar.finish_and_clear();
+    Ok(result?)
+}
+
+/// Streams tokens until the model ends, `n` are made, or the cache is full; every token but the last is in the session.
+fn generate(
+    session: &mut Session,
+    sampler: &mut Sampler,
+    tokenizer: &Tokenizer,
+    n: usize,
+    out: &mut dyn Write,
+) -> Result<Vec<i32>, Failure> {
+    let mut reply = Vec::new();
+    let mut decoder = StreamDecoder::continuing();
+    let mut text = String::new();
+    while reply.len() < n {
+        let token = sampler.sample(session.logits(0)?)?;
+        if tokenizer.is_end_of_generation(token) {
+            break;
+        }
+        sampler.accept(token);
+        reply.push(token as i32);
+        text.clear();
+        decoder.push(tokenizer, token, &mut text)?;
+        out.write_all(text.as_bytes())?;
+        out.flush()?;
+        match session.step(0, token as i32) {
+            Err(phd::Error::CacheFull { .. }) => {
+                eprint!("\n(the cache is full: --ctx makes it larger)");
+                break;
+            }
+            other => other?,
+        }
+    }
+    text.clear();
+    decoder.finish(&mut text);
+    out.write_all(text.as_bytes())?;
+    out.flush()?;
+    Ok(reply)
+}
+
+#[derive(Args)]
+pub struct Chat {
+    #[command(flatten)]
+    common: Common,
+    /// System prompt
+    #[arg(long)]
+    system: Option<String>,
+    /// Tokens to a reply at most
+    #[arg(short, long, default_value_t = 512)]
+    n_predict: usize,
+    #[command(flatten)]
+    sampling: Sampling,
+}
+
+impl Chat {
+    pub fn execute(&self) -> Result<(), Failure> {
+        let model = self.common.load()?;
+        let tokenizer = tokenizer(&model, &self.common.model)?;
+        let source = tokenizer.chat_template().ok_or("the model has no chat template; use phd run")?;
+        let template = ChatTemplate::new(source)?;
+        let spelling = |id: Option<u32>| -> Result<String, Failure> {
+            let bytes = id.map(|id| tokenizer.token_bytes(id, true)).transpose()?.unwrap_or_default();
+            Ok(String::from_utf8_lossy(bytes).into_owned())
+        };
+        let (bos, eos) = (spelling(tokenizer.bos())?, spelling(tokenizer.eos())?);
+        let mut session = self.common.session(&model, self.common.n_positions)?;
+        let mut sampler = self.sampling.sampler(model.desc().n_vocab)?;
+        let mut messages: Vec<_> = self.system.iter().map(|s| json!({"role": "system", "content": s})).collect();
+        // What the session holds: each turn prefills only what is new.
+        let mut held: Vec<i32> = Vec::new();
+        let mut out = std::io::stdout().lock();
+        loop {
+            write!(out, "> ")?;
+            out.flush()?;
+            let mut line = String::new();
+            if std::io::stdin().lock().read_line(&mut line)? == 0 || line.trim() == "/exit" {
+                writeln!(out)?;
+                return Ok(());
+            }
+            messages.push(json!({"role": "user", "content": line.trim_end()}));
+            let text = template.render(&json!(messages), None, true, &bos, &eos)?;
+            // The template writes the begin token itself.
+            let tokens = ids(tokenizer.encode(text.as_bytes(), false, true)?);
+            let common =
+                held.iter().zip(&tokens).take_while(|(a, b)| a == b).count().min(tokens.len().saturating_sub(1));
+            session.truncate(0, common)?;
+            prefill(&mut session, &tokens[common..])?;
+            let mut shown = Tee { out: &mut out, copy: Vec::new() };
+            let reply = generate(&mut session, &mut sampler, tokenizer, self.n_predict, &mut shown)?;
+            let said = String::from_utf8_lossy(&shown.copy).into_owned();
+            held = tokens;
+            held.extend(reply);
+            held.truncate(session.len(0)?);
+            messages.push(json!({"role": "assistant", "content": said}));
+            writeln!(out)?;
+        }
+    }
+}
+
+/// Output that is shown and kept.
+struct Tee<'a> {
+    out: &'a mut dyn Write,
+    copy: Vec<u8>,
+}
+
+impl Write for Tee<'_> {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.copy.extend_from_slice(bytes);
+        self.out.write_all(bytes)?;
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        self.out.flush()
+    }
+}
