@@ -168,7 +168,7 @@ impl Model {
         let tokenizer = tokenizer_of(&checkpoint)?;
         report(0.3)?;
         let (mut hyper, weights) = match &checkpoint.description {
-            Description::Hub { config, .. } => from_hub(&checkpoint, config)?,
+            Description::Hub(files) => from_hub(&checkpoint, &files.config)?,
             Description::Gguf(metadata) => from_gguf(&checkpoint, metadata)?,
         };
         if let Some((copies, window, chunk)) = options.rules {
@@ -224,10 +224,7 @@ fn describe(hyper: &Hyper, checkpoint: &Checkpoint) -> Desc {
 
 fn tokenizer_of(checkpoint: &Checkpoint) -> Result<Option<Tokenizer>> {
     match &checkpoint.description {
-        Description::Hub { config, tokenizer_config, generation_config, tokenizer, .. } => tokenizer
-            .as_deref()
-            .map(|path| Tokenizer::from_hub(path, tokenizer_config.as_ref(), Some(config), generation_config.as_ref()))
-            .transpose(),
+        Description::Hub(files) => files.tokenizer.as_deref().map(|path| Tokenizer::from_hub(path, files)).transpose(),
         Description::Gguf(m) => {
             let Some(model) = m.str("tokenizer.ggml.model")? else { return Ok(None) };
             let id = |name: &str| m.u32(&format!("tokenizer.ggml.{name}_token_id"));

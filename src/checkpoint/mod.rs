@@ -120,15 +120,19 @@ fn tensor_bytes(dtype: DType, shape: &[usize]) -> Option<usize> {
 
 /// What describes the model besides its tensors.
 pub enum Description {
-    /// `config.json`, and the files beside it that may be missing.
-    Hub {
-        config: serde_json::Value,
-        tokenizer_config: Option<serde_json::Value>,
-        generation_config: Option<serde_json::Value>,
-        tokenizer: Option<PathBuf>,
-        chat_template: Option<String>,
-    },
+    Hub(Box<HubFiles>),
     Gguf(gguf::Metadata),
+}
+
+/// `config.json`, and the files beside it that may be missing.
+pub struct HubFiles {
+    pub config: serde_json::Value,
+    pub tokenizer_config: Option<serde_json::Value>,
+    pub generation_config: Option<serde_json::Value>,
+    /// `tokenizer.json`
+    pub tokenizer: Option<PathBuf>,
+    /// `chat_template.jinja`, which takes precedence over the one in `tokenizer_config.json`.
+    pub chat_template: Option<String>,
 }
 
 /// An opened checkpoint.

@@ -6,7 +6,7 @@ use std::path::{Component, Path};
 use safetensors::{Dtype, SafeTensors};
 use serde_json::Value as Json;
 
-use super::{Description, Mapping, OpenOptions, TensorView, check_disjoint};
+use super::{Description, HubFiles, Mapping, OpenOptions, TensorView, check_disjoint};
 use crate::error::{Error, Result, unsupported};
 use crate::tensor::DType;
 
@@ -52,14 +52,14 @@ pub(super) fn open(folder: &Path, options: &OpenOptions) -> Result<(Description,
     }
     let tokenizer = Some(folder.join("tokenizer.json")).filter(|p| p.is_file());
     let chat_template = text(&folder.join("chat_template.jinja"))?;
-    let description = Description::Hub {
+    let files = HubFiles {
         config,
         tokenizer_config: json(&folder.join("tokenizer_config.json"))?,
         generation_config: json(&folder.join("generation_config.json"))?,
         tokenizer,
         chat_template,
     };
-    Ok((description, tensors))
+    Ok((Description::Hub(Box::new(files)), tensors))
 }
 
 /// The text of a file that may be missing.

@@ -14,6 +14,7 @@ pub use gguf::GgufVocab;
 use sentencepiece::SentencePiece;
 pub use stream::{StreamDecoder, Utf8Stream};
 
+use crate::checkpoint::HubFiles;
 use crate::error::{Error, Result, invalid, unsupported};
 
 /// How the text of a vocabulary entry stands for bytes.
@@ -66,12 +67,8 @@ impl Tokenizer {
     ///
     /// # Errors
     /// `Format` naming the file, `Unsupported` for a decoder whose tokens do not spell bytes.
-    pub fn from_hub(
-        tokenizer_json: &Path,
-        tokenizer_config: Option<&Json>,
-        config: Option<&Json>,
-        generation_config: Option<&Json>,
-    ) -> Result<Tokenizer> {
+    pub fn from_hub(tokenizer_json: &Path, files: &HubFiles) -> Result<Tokenizer> {
+        let (tokenizer_config, generation_config) = (files.tokenizer_config.as_ref(), files.generation_config.as_ref());
         let bytes = std::fs::read(tokenizer_json).map_err(|e| Error::io(tokenizer_json, e))?;
         let fail = |what: String| Error::format(tokenizer_json, what);
         let json: Json = serde_json::from_slice(&bytes).map_err(|e| fail(format!("is not JSON: {e}")))?;
@@ -99,18 +96,18 @@ impl Tokenizer {
         };
         let special = |name: &str| {
             let by_text = text_of(&format!("{name}_token")).and_then(|t| parsing.token_to_id(t));
-            by_text.or_else(|| u32::try_from(config?.get(format!("{name}_token_id"))?.as_u64()?).ok())
+            by_text.or_else(|| u32::try_from(files.config.get(format!("{name}_token_id"))?.as_u64()?).ok())
         };
         let (bos, eos) = (special("bos"), special("eos"));
         let mut ends: Vec<u32> = eos.into_iter().collect();
-        for source in [config, generation_config].into_iter().flatten() {
+        for source in [Some(&files.config), generation_config].into_iter().flatten() {
             let ids = match &source["eos_token_id"] {
                 Json::Array(ids) => ids.as_slice(),
                 id => std::slice::from_ref(id),
             };
             ends.extend(ids.iter().filter_map(|id| u32::try_from(id.as_u64()?).ok()));
         }
-        let template = tokenizer_config.and_then(|c| match &c["chat_template"] {
+        let template = files.chat_template.clone().or_else(|| match &tokenizer_config?["chat_template"] {
             Json::String(s) => Some(s.clone()),
             // Several named templates: the default one.
             Json::Array(list) => list.iter().find(|t| t["name"] == "default")?["template"].as_str().map(str::to_owned),

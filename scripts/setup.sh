@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# Installs what the build and the tests need on Debian: a C and C++ compiler with sanitizers, nm, Valgrind.
+set -euo pipefail
+
+missing=()
+command -v cc >/dev/null && command -v c++ >/dev/null && command -v nm >/dev/null && command -v make >/dev/null || missing+=(build-essential)
+command -v valgrind >/dev/null || missing+=(valgrind)
+# Valgrind cannot start without the loader's symbols.
+dpkg -s libc6-dbg >/dev/null 2>&1 || missing+=(libc6-dbg)
+command -v cargo >/dev/null || { echo "setup: cargo is missing: install Rust through rustup first" >&2; exit 1; }
+[ ${#missing[@]} -eq 0 ] && exit 0
+
+if ! command -v apt-get >/dev/null; then
+  echo "setup: please install: ${missing[*]}" >&2
+  exit 1
+fi
+root=()
+[ "$(id -u)" -eq 0 ] || root=(sudo)
+echo "setup: installing ${missing[*]}"
+"${root[@]}" apt-get update -qq
+DEBIAN_FRONTEND=noninteractive "${root[@]}" apt-get install -y -qq "${missing[@]}" >/dev/null
