@@ -1,0 +1,74 @@
+//! The `phd` program as a user meets it.
+
+mod common;
+
+use std::process::{Command, Output};
+
+fn phd(arguments: &[&str]) -> Output {
+    let model = common::demo_model();
+    let arguments = arguments.iter().map(|a| if *a == "MODEL" { model.to_str().unwrap() } else { a });
+    Command::new(env!("CARGO_BIN_EXE_phd")).args(arguments).output().unwrap()
+}
+
+fn stdout(arguments: &[&str]) -> String {
+    let output = phd(arguments);
+    assert!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap()
+}
+
+#[test]
+fn run_streams_the_reference_s_text() {
+    let text = stdout(&["run", "MODEL", "-p", "In the beginning", "-n", "24", "--temp", "0"]);
+    assert_eq!(
+        text,
+        "In the beginning of the Lord,\nAnd the greatest of the world, and all the world\nCannot be so,\n"
+    );
+    let seeded = |seed| stdout(&["run", "MODEL", "-p", "To be", "-n", "20", "--seed", seed]);
+    assert_eq!(seeded("3"), seeded("3"));
+    assert_ne!(seeded("3"), seeded("4"));
+}
+
+#[test]
+fn score_tells_k_2_from_k_1() {
+    let file = common::demo_model().join("held_out.txt");
+    let score = |more: &[&str]| -> f64 {
+        let mut arguments =
+            vec!["score", "MODEL", file.to_str().unwrap(), "--window", "256", "--cache", "f32", "--json"];
+        arguments.extend(more);
+        let json: serde_json::Value = serde_json::from_str(&stdout(&arguments)).unwrap();
+        assert_eq!(json["positions"], 4 * 255);
+        json["mean_nll"].as_f64().unwrap()
+    };
+    let (phd, vanilla) = (score(&[]), score(&["--copies", "1"]));
+    assert!((phd - 2.845).abs() < 0.02 && phd < vanilla - 0.002, "{phd} and {vanilla}");
+}
+
+#[test]
+fn info_and_bench_report() {
+    let info = stdout(&["info", "MODEL"]);
+    assert!(info.contains("K = 2, W = 16, C = 32 (PHD-CSWA)") && info.contains("2.8 M"), "{info}");
+    let bench = stdout(&["bench", "MODEL", "--prompt", "16", "--steps", "3", "--copies-list", "1,3", "--json"]);
+    let json: serde_json::Value = serde_json::from_str(&bench).unwrap();
+    assert_eq!(json["results"][1]["copies"], 3);
+    assert!(json["results"][1]["step_ratio"].as_f64().unwrap() > 0.0);
+    assert!(stdout(&["bench", "MODEL", "--prompt", "4", "--steps", "2"]).lines().count() == 6);
+}
+
+#[test]
+fn mistakes_are_explained() {
+    for (arguments, code, word) in [
+        (vec!["run", "/no/such/model", "-p", "x"], 1, "/no/such/model"),
+        (vec!["run", "MODEL", "-p", ""], 1, "no tokens"),
+        (vec!["run", "MODEL", "-p", "x", "--backend", "cuda"], 1, "cuda"),
+        (vec!["run", "MODEL", "-p", "x", "--cache", "q2"], 2, "q8_0"),
+        (vec!["run", "MODEL"], 2, "--prompt"),
+        (vec!["chat", "MODEL"], 1, "chat template"),
+        (vec!["score", "MODEL", "/no/such/text"], 1, "/no/such/text"),
+        (vec!["score", "MODEL", "Cargo.toml", "--window", "1"], 1, "at least 2"),
+    ] {
+        let output = phd(&arguments);
+        let message = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(code), "{arguments:?}: {message}");
+        assert!(message.contains(word), "{arguments:?}: {message}");
+    }
+}
