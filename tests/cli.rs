@@ -33,7 +33,7 @@ fn score_tells_k_2_from_k_1() {
     let file = common::demo_model().join("held_out.txt");
     let score = |more: &[&str]| -> f64 {
         let mut arguments =
-            vec!["score", "MODEL", file.to_str().unwrap(), "--window", "256", "--cache", "f32", "--json"];
+            vec!["score", "MODEL", file.to_str().unwrap(), "--segment", "256", "--cache", "f32", "--json"];
         arguments.extend(more);
         let json: serde_json::Value = serde_json::from_str(&stdout(&arguments)).unwrap();
         assert_eq!(json["positions"], 4 * 255);
@@ -64,7 +64,7 @@ fn mistakes_are_explained() {
         (vec!["run", "MODEL"], 2, "--prompt"),
         (vec!["chat", "MODEL"], 1, "chat template"),
         (vec!["score", "MODEL", "/no/such/text"], 1, "/no/such/text"),
-        (vec!["score", "MODEL", "Cargo.toml", "--window", "1"], 1, "at least 2"),
+        (vec!["score", "MODEL", "Cargo.toml", "--segment", "1"], 1, "at least 2"),
     ] {
         let output = phd(&arguments);
         let message = String::from_utf8_lossy(&output.stderr);

@@ -38,9 +38,9 @@ enum Command {
         #[command(flatten)]
         common: Common,
         file: PathBuf,
-        /// Tokens to a window; each starts from an empty cache
+        /// Tokens to a segment; each starts from an empty cache
         #[arg(long, default_value_t = 512)]
-        window: usize,
+        segment: usize,
         /// Print JSON
         #[arg(long)]
         json: bool,
@@ -173,17 +173,17 @@ fn info(common: &Common) -> Result<(), Failure> {
     Ok(())
 }
 
-fn score(common: &Common, file: &Path, window: usize, json: bool) -> Result<(), Failure> {
-    if window < 2 {
-        return Err(format!("--window is {window}, expected at least 2").into());
+fn score(common: &Common, file: &Path, segment: usize, json: bool) -> Result<(), Failure> {
+    if segment < 2 {
+        return Err(format!("--segment is {segment}, expected at least 2").into());
     }
     let model = common.load()?;
     let text = std::fs::read(file).map_err(|e| format!("{}: {e}", file.display()))?;
     let tokens = ids(tokenizer(&model, &common.model)?.encode(&text, false, false)?);
-    let mut session = common.session(&model, window)?;
+    let mut session = common.session(&model, segment)?;
     let bar = indicatif::ProgressBar::new(tokens.len() as u64);
     let (mut sum, mut n) = (0.0, 0usize);
-    for tokens in tokens.chunks(window) {
+    for tokens in tokens.chunks(segment) {
         session.truncate(0, 0)?;
         let scores = session.score(0, tokens)?;
         sum -= scores.iter().map(|&s| f64::from(s)).sum::<f64>();
@@ -198,11 +198,11 @@ fn score(common: &Common, file: &Path, window: usize, json: bool) -> Result<(), 
     if json {
         println!(
             "{}",
-            serde_json::json!({"mean_nll": mean, "perplexity": mean.exp(), "positions": n, "window": window})
+            serde_json::json!({"mean_nll": mean, "perplexity": mean.exp(), "positions": n, "segment": segment})
         );
     } else {
         println!(
-            "{n} positions scored in windows of {window}: mean negative log-likelihood {mean:.4}, perplexity {:.3}",
+            "{n} positions scored in segments of {segment}: mean negative log-likelihood {mean:.4}, perplexity {:.3}",
             mean.exp()
         );
     }
@@ -214,7 +214,7 @@ fn main() -> ExitCode {
         Command::Run(run) => run.execute(),
         Command::Chat(chat) => chat.execute(),
         Command::Info { common } => info(&common),
-        Command::Score { common, file, window, json } => score(&common, &file, window, json),
+        Command::Score { common, file, segment, json } => score(&common, &file, segment, json),
         Command::Bench(bench) => bench.execute(),
     };
     match result {
