@@ -225,28 +225,9 @@ fn describe(hyper: &Hyper, checkpoint: &Checkpoint) -> Desc {
 fn tokenizer_of(checkpoint: &Checkpoint) -> Result<Option<Tokenizer>> {
     match &checkpoint.description {
         Description::Hub(files) => files.tokenizer.as_deref().map(|path| Tokenizer::from_hub(path, files)).transpose(),
-        Description::Gguf(m) => {
-            let Some(model) = m.str("tokenizer.ggml.model")? else { return Ok(None) };
-            let id = |name: &str| m.u32(&format!("tokenizer.ggml.{name}_token_id"));
-            let vocab = GgufVocab {
-                model: model.to_owned(),
-                pre: m.str("tokenizer.ggml.pre")?.map(str::to_owned),
-                tokens: m.strings("tokenizer.ggml.tokens")?.unwrap_or_default().to_vec(),
-                scores: m.f32s("tokenizer.ggml.scores")?.map(<[f32]>::to_vec),
-                token_types: m.i32s("tokenizer.ggml.token_type")?.map(<[i32]>::to_vec),
-                merges: m.strings("tokenizer.ggml.merges")?.unwrap_or_default().to_vec(),
-                bos: id("bos")?,
-                eos: id("eos")?,
-                eot: id("eot")?,
-                eom: id("eom")?,
-                unk: id("unknown")?,
-                pad: id("padding")?,
-                add_bos: m.bool("tokenizer.ggml.add_bos_token")?,
-                add_eos: m.bool("tokenizer.ggml.add_eos_token")?,
-                add_space_prefix: m.bool("tokenizer.ggml.add_space_prefix")?,
-                chat_template: m.str("tokenizer.chat_template")?.map(str::to_owned),
-            };
-            Tokenizer::from_gguf(&checkpoint.path, vocab).map(Some)
+        Description::Gguf(metadata) => {
+            let vocab = GgufVocab::from_metadata(metadata)?;
+            vocab.map(|v| Tokenizer::from_gguf(&checkpoint.path, v)).transpose()
         }
     }
 }

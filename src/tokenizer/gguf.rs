@@ -7,6 +7,7 @@ use tokenizers::Tokenizer as HubTokenizer;
 
 use super::sentencepiece::{CONTROL, SentencePiece, UNKNOWN, USER_DEFINED};
 use super::{Encoder, Spelling, Token, Tokenizer};
+use crate::checkpoint::gguf::Metadata;
 use crate::error::{Error, Result, unsupported};
 
 /// What the `tokenizer.*` keys of a GGUF file hold.
@@ -31,6 +32,32 @@ pub struct GgufVocab {
     pub add_eos: Option<bool>,
     pub add_space_prefix: Option<bool>,
     pub chat_template: Option<String>,
+}
+
+impl GgufVocab {
+    /// Reads the keys; `None` for a file without vocabulary.
+    pub fn from_metadata(m: &Metadata) -> Result<Option<GgufVocab>> {
+        let Some(model) = m.str("tokenizer.ggml.model")? else { return Ok(None) };
+        let id = |name: &str| m.u32(&format!("tokenizer.ggml.{name}_token_id"));
+        Ok(Some(GgufVocab {
+            model: model.to_owned(),
+            pre: m.str("tokenizer.ggml.pre")?.map(str::to_owned),
+            tokens: m.strings("tokenizer.ggml.tokens")?.unwrap_or_default().to_vec(),
+            scores: m.f32s("tokenizer.ggml.scores")?.map(<[f32]>::to_vec),
+            token_types: m.i32s("tokenizer.ggml.token_type")?.map(<[i32]>::to_vec),
+            merges: m.strings("tokenizer.ggml.merges")?.unwrap_or_default().to_vec(),
+            bos: id("bos")?,
+            eos: id("eos")?,
+            eot: id("eot")?,
+            eom: id("eom")?,
+            unk: id("unknown")?,
+            pad: id("padding")?,
+            add_bos: m.bool("tokenizer.ggml.add_bos_token")?,
+            add_eos: m.bool("tokenizer.ggml.add_eos_token")?,
+            add_space_prefix: m.bool("tokenizer.ggml.add_space_prefix")?,
+            chat_template: m.str("tokenizer.chat_template")?.map(str::to_owned),
+        }))
+    }
 }
 
 const GPT2_WORDS: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+";
