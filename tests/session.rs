@@ -1,0 +1,103 @@
+//! Promises of a session beyond right numbers: what it allocates, what it reports, what a cancelled call leaves behind.
+
+mod common;
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::cell::Cell;
+
+use common::{demo_model, difference, golden, load};
+use phd::Error;
+use phd::model::{BackendKind, LoadOptions, Model};
+use phd::session::{CacheType, Session, SessionOptions};
+
+thread_local! {
+    /// Per thread: the test harness allocates on its own.
+    static ALLOCATIONS: Cell<usize> = const { Cell::new(0) };
+}
+
+struct Counting;
+
+// SAFETY: every call is passed on to the system allocator unchanged.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        ALLOCATIONS.set(ALLOCATIONS.get() + 1);
+        // SAFETY: the caller's promises are those of `System.alloc`.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
+        // SAFETY: the caller's promises are those of `System.dealloc`.
+        unsafe { System.dealloc(pointer, layout) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+#[test]
+fn calls_allocate_nothing() {
+    for g in golden() {
+        let n = g.tokens.len();
+        let options = SessionOptions { n_positions: 2 * n, n_sequences: 2, max_rows: 16, ..Default::default() };
+        let mut s = Session::new(load(&g.path, BackendKind::Reference), &options).unwrap();
+        let before = ALLOCATIONS.get();
+        s.prefill(0, &g.tokens[..n / 2]).unwrap();
+        s.fork(0, 1).unwrap();
+        for &token in &g.tokens[n / 2..] {
+            s.step(0, token).unwrap();
+            s.step(1, token).unwrap();
+        }
+        s.truncate(0, n / 3).unwrap();
+        s.prefill(0, &g.tokens[n / 3..]).unwrap();
+        assert_eq!(ALLOCATIONS.get(), before, "{}", g.name);
+    }
+}
+
+#[test]
+fn the_cache_does_not_grow_with_the_copies() {
+    let memory = |rules, cache_type| {
+        let model = Model::load(&demo_model(), LoadOptions { rules: Some(rules), ..Default::default() }).unwrap();
+        let options = SessionOptions { n_positions: 512, cache_type, ..Default::default() };
+        Session::new(model.into(), &options).unwrap().memory()
+    };
+    // 6 layers, 2 key/value heads of 32, keys and values.
+    for (cache_type, row) in [(CacheType::F32, 256), (CacheType::F16, 128), (CacheType::Q8_0, 68)] {
+        for (rules, ring) in [((1, 0, 0), 0), ((2, 0, 0), 0), ((2, 16, 32), 16), ((3, 16, 4), 8), ((256, 16, 32), 16)] {
+            let found = memory(rules, cache_type);
+            assert_eq!(
+                (found.cache, found.hidden),
+                (6 * 2 * 512 * row, 6 * 2 * ring * row),
+                "{rules:?} {cache_type:?}"
+            );
+        }
+    }
+}
+
+/// A call that is cancelled between its passes leaves the sequence as it was: length, logits, and what follows.
+#[test]
+fn a_cancelled_call_changes_nothing() {
+    for g in golden() {
+        let n = g.tokens.len();
+        let options = SessionOptions { n_positions: n, cache_type: CacheType::F32, max_rows: 4, ..Default::default() };
+        let mut s = Session::new(load(&g.path, BackendKind::Reference), &options).unwrap();
+        for cut in [1, n / 3, n / 2] {
+            s.truncate(0, 0).unwrap();
+            s.prefill(0, &g.tokens[..cut]).unwrap();
+            let handle = s.cancel_handle();
+            s.set_progress(Some(Box::new(move |_| handle.cancel(0).is_ok())));
+            assert!(matches!(s.prefill(0, &g.tokens[cut..]), Err(Error::Cancelled)), "{}", g.name);
+            s.set_progress(Some(Box::new(|_| false)));
+            assert!(matches!(s.prefill(0, &g.tokens[cut..]), Err(Error::Cancelled)), "{}", g.name);
+            s.set_progress(None);
+            assert_eq!(s.len(0).unwrap(), cut);
+            assert!(difference(s.logits(0).unwrap(), &g.logits[cut - 1]) < 2e-5, "{}: logits before", g.name);
+            assert!(
+                matches!(s.prefill(0, &vec![1; n]), Err(Error::CacheFull { needed, free }) if needed == n && free == n - cut)
+            );
+            for i in cut..n {
+                s.step(0, g.tokens[i]).unwrap();
+                assert!(difference(s.logits(0).unwrap(), &g.logits[i]) < 2e-5, "{}: position {i} after", g.name);
+            }
+        }
+    }
+}
