@@ -32,11 +32,21 @@ fn check(session: &Session, seq: i64, g: &Golden, position: usize, cache_type: C
     assert!(found <= bound(cache_type), "{} {cache_type:?} {what}: position {position} differs by {found:e}", g.name);
 }
 
+/// The two backends that CPUs have. `PHD_CPU_VARIANT` forces the kernels of the second.
+const BACKENDS: [BackendKind; 2] = [BackendKind::Reference, BackendKind::Cpu];
+
 fn each(test: impl Fn(&Golden, Arc<Model>, CacheType)) {
-    for g in golden() {
-        let model = load(&g.path, BackendKind::Reference);
+    each_model(|g, model| {
         for cache_type in CACHE_TYPES {
-            test(&g, model.clone(), cache_type);
+            test(g, model.clone(), cache_type);
+        }
+    });
+}
+
+fn each_model(test: impl Fn(&Golden, Arc<Model>)) {
+    for g in golden() {
+        for backend in BACKENDS {
+            test(&g, load(&g.path, backend));
         }
     }
 }
@@ -131,8 +141,7 @@ fn forks_and_interleaved_sequences() {
 
 #[test]
 fn greedy_continuations() {
-    for g in golden() {
-        let model = load(&g.path, BackendKind::Reference);
+    each_model(|g, model| {
         let n = g.tokens.len() / 2;
         let continuation = |cache_type| {
             let mut s = Session::new(model.clone(), &options(n + g.greedy.len(), cache_type)).unwrap();
@@ -158,13 +167,12 @@ fn greedy_continuations() {
                 );
             }
         }
-    }
+    });
 }
 
 #[test]
 fn scores_are_the_log_probabilities() {
-    for g in golden() {
-        let model = load(&g.path, BackendKind::Reference);
+    each_model(|g, model| {
         let mut s = Session::new(model, &options(g.tokens.len(), CacheType::F32)).unwrap();
         let scores = s.score(0, &g.tokens).unwrap();
         assert_eq!(scores.len(), g.tokens.len() - 1);
@@ -177,19 +185,18 @@ fn scores_are_the_log_probabilities() {
                 g.name
             );
         }
-    }
+    });
 }
 
 #[test]
 fn pruned_prefill_computes_less_and_the_same() {
-    for g in golden() {
-        let model = load(&g.path, BackendKind::Reference);
+    each_model(|g, model| {
         let n = g.tokens.len();
         let run = |pruning| {
             let options = SessionOptions { pruning, ..options(n, CacheType::F32) };
             let mut s = Session::new(model.clone(), &options).unwrap();
             s.prefill(0, &g.tokens).unwrap();
-            check(&s, 0, &g, n - 1, CacheType::F32, &format!("{pruning:?}"));
+            check(&s, 0, g, n - 1, CacheType::F32, &format!("{pruning:?}"));
             s.rows_computed()
         };
         let (pruned, all) = (run(Pruning::Exact), run(Pruning::All));
@@ -199,5 +206,5 @@ fn pruned_prefill_computes_less_and_the_same() {
         if g.name.starts_with("llama-phd") {
             assert_eq!(pruned, (desc.n_layers * (n + desc.rules.copies - 1)) as u64, "{}", g.name);
         }
-    }
+    });
 }

@@ -5,7 +5,7 @@ mod common;
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 
-use common::{demo_model, difference, golden, load};
+use common::{Golden, demo_model, difference, golden, load};
 use phd::Error;
 use phd::model::{BackendKind, LoadOptions, Model};
 use phd::session::{CacheType, Session, SessionOptions};
@@ -34,12 +34,16 @@ unsafe impl GlobalAlloc for Counting {
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
 
+fn cases() -> impl Iterator<Item = (Golden, BackendKind)> {
+    golden().into_iter().flat_map(|g| [(g.clone(), BackendKind::Reference), (g, BackendKind::Cpu)])
+}
+
 #[test]
 fn calls_allocate_nothing() {
-    for g in golden() {
+    for (g, backend) in cases() {
         let n = g.tokens.len();
         let options = SessionOptions { n_positions: 2 * n, n_sequences: 2, max_rows: 16, ..Default::default() };
-        let mut s = Session::new(load(&g.path, BackendKind::Reference), &options).unwrap();
+        let mut s = Session::new(load(&g.path, backend), &options).unwrap();
         let before = ALLOCATIONS.get();
         s.prefill(0, &g.tokens[..n / 2]).unwrap();
         s.fork(0, 1).unwrap();
@@ -76,10 +80,10 @@ fn the_cache_does_not_grow_with_the_copies() {
 /// A call that is cancelled between its passes leaves the sequence as it was: length, logits, and what follows.
 #[test]
 fn a_cancelled_call_changes_nothing() {
-    for g in golden() {
+    for (g, backend) in cases() {
         let n = g.tokens.len();
         let options = SessionOptions { n_positions: n, cache_type: CacheType::F32, max_rows: 4, ..Default::default() };
-        let mut s = Session::new(load(&g.path, BackendKind::Reference), &options).unwrap();
+        let mut s = Session::new(load(&g.path, backend), &options).unwrap();
         for cut in [1, n / 3, n / 2] {
             s.truncate(0, 0).unwrap();
             s.prefill(0, &g.tokens[..cut]).unwrap();

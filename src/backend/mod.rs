@@ -1,5 +1,6 @@
 //! The seam: a model prepared for a device, and a context that carries out one scheduled pass after another.
 
+mod cpu;
 mod reference;
 
 use std::sync::Arc;
@@ -60,9 +61,9 @@ pub trait Backend: Send + Sync {
 
 /// Cache, rings and scratch of one session.
 pub trait Context: Send {
-    /// Computes a pass. `cancelled` is asked between layers. After an error the cache rows and rings that the pass
+    /// Computes a pass. `cancelled` is asked several times a layer. After an error the cache rows and rings that the pass
     /// would have written hold nothing useful; logits and everything else are as before.
-    fn run(&mut self, plan: &Plan, cancelled: &dyn Fn() -> bool) -> Result<()>;
+    fn run(&mut self, plan: &Plan, cancelled: &(dyn Fn() -> bool + Sync)) -> Result<()>;
     /// A row of the logits buffer, `[n_vocab]`.
     fn logits(&self, row: usize) -> &[f32];
     fn copy_logits(&mut self, src: usize, dst: usize);
@@ -81,9 +82,8 @@ pub(crate) fn prepare(
 ) -> Result<Arc<dyn Backend>> {
     progress(0.0)?;
     match kind {
-        BackendKind::Auto | BackendKind::Cpu | BackendKind::Reference => {
-            Ok(Arc::new(reference::Reference::new(hyper, weights)))
-        }
+        BackendKind::Auto | BackendKind::Cpu => Ok(Arc::new(cpu::Cpu::new(hyper, weights, progress)?)),
+        BackendKind::Reference => Ok(Arc::new(reference::Reference::new(hyper, weights))),
         BackendKind::Cuda => Err(unsupported!("backend cuda is not part of this build")),
     }
 }

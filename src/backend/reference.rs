@@ -24,7 +24,7 @@ impl Reference {
 
 impl Backend for Reference {
     fn name(&self) -> String {
-        "cpu (plain f32)".to_owned()
+        "reference (plain f32, one thread)".to_owned()
     }
 
     fn weight_bytes(&self) -> usize {
@@ -355,7 +355,7 @@ impl ReferenceContext {
 }
 
 impl Context for ReferenceContext {
-    fn run(&mut self, plan: &Plan, cancelled: &dyn Fn() -> bool) -> Result<()> {
+    fn run(&mut self, plan: &Plan, cancelled: &(dyn Fn() -> bool + Sync)) -> Result<()> {
         let model = self.model.clone();
         let h = &*model.hyper;
         let e = h.n_embd;

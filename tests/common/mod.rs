@@ -15,6 +15,7 @@ pub fn demo_model() -> PathBuf {
 }
 
 /// A golden checkpoint: see `tests/data/golden/README.md`.
+#[derive(Clone)]
 pub struct Golden {
     pub name: String,
     pub path: PathBuf,

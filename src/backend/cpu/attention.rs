@@ -1,0 +1,361 @@
+//! Attention of a tile of query rows over one read of the cache: keys and values are converted once for all of them, the
+//! softmax is carried along (Milakov and Gimelshein, arXiv 1805.02867).
+//!
+//! Keys are taken in fixed pieces: chunks of 64, splits of a length that depends on the query's own context alone
+//! ([`split_len`]), the hidden window as a piece of its own. Splits are what threads share, and are merged in order. So a row's
+//! result depends neither on the number of threads nor on the rows beside it, to the bit.
+
+use super::simd::Simd;
+use super::store::{GRANULE, Granules, Rows};
+
+/// Keys converted at a time.
+const CHUNK: usize = 64;
+
+/// Most splits of a row's stored keys.
+pub const MAX_SPLITS: usize = 32;
+
+/// Stored keys to a split, for a row that sees `stored` of them.
+pub fn split_len(stored: usize) -> usize {
+    stored.div_ceil(MAX_SPLITS).next_power_of_two().max(256)
+}
+
+/// Dimensions of a head in scratch: a whole number of vectors of any instruction set.
+pub fn padded(head_dim: usize) -> usize {
+    head_dim.next_multiple_of(GRANULE)
+}
+
+/// Where keys and values lie.
+#[derive(Clone, Copy)]
+pub enum Source<'a> {
+    /// The stored rows of a sequence, `rows_per_block` to a cache block.
+    Stored { k: &'a Granules, v: &'a Rows, blocks: &'a [u32], rows_per_block: usize },
+    /// Hidden tokens by number: those from `first_fresh` on are the pass's own, from row `fresh_base` on; earlier ones are in the
+    /// sequence's ring, which begins at row `ring_base`.
+    Hidden {
+        ring: (&'a Rows, &'a Rows),
+        ring_base: usize,
+        capacity: usize,
+        fresh: (&'a Rows, &'a Rows),
+        first_fresh: usize,
+        fresh_base: usize,
+        /// The first that anyone sees: those before may not be there.
+        first: usize,
+    },
+}
+
+/// What a thread needs to attend, for tiles of up to `queries` rows.
+pub struct Scratch {
+    keys: Vec<f32>,   // (head_dim, CHUNK)
+    values: Vec<f32>, // (CHUNK, padded)
+    scores: Vec<f32>, // (query, CHUNK)
+    row: Vec<f32>,    // (head_dim)
+}
+
+impl Scratch {
+    pub fn new(queries: usize, head_dim: usize) -> Scratch {
+        Scratch {
+            keys: vec![0.0; head_dim * CHUNK],
+            values: vec![0.0; CHUNK * padded(head_dim)],
+            scores: vec![0.0; queries * CHUNK],
+            row: vec![0.0; head_dim],
+        }
+    }
+
+    pub fn bytes(&self) -> usize {
+        4 * (self.keys.len() + self.values.len() + self.scores.len() + self.row.len())
+    }
+}
+
+/// Softmax and sum of values of some queries over some keys, before the division by `sum`.
+pub struct Attend<'a> {
+    pub head_dim: usize,
+    /// Which key/value head.
+    pub head: usize,
+    /// `[query][head_dim]`, scaled by 1 / sqrt(head_dim).
+    pub queries: &'a [f32],
+    /// Keys each query may see, in the source's numbers: from, to.
+    pub sight: &'a [(u32, u32)],
+    pub source: Source<'a>,
+    /// The keys to go over; `from` is a multiple of 16.
+    pub from: usize,
+    pub to: usize,
+    pub scratch: &'a mut Scratch,
+    /// `[query]`: the largest score, and the sum of the exponentials relative to it.
+    pub max: &'a mut [f32],
+    pub sum: &'a mut [f32],
+    /// `[query][padded]`
+    pub acc: &'a mut [f32],
+}
+
+/// # Safety
+/// The CPU has `S`, and nobody writes to the source meanwhile.
+#[inline(always)]
+pub unsafe fn attend<S: Simd>(a: &mut Attend) {
+    let (dim, width) = (a.head_dim, padded(a.head_dim));
+    let n = a.sight.len();
+    assert!(a.queries.len() == n * dim && a.acc.len() == n * width && a.max.len() == n && a.sum.len() == n);
+    assert!(
+        a.scratch.scores.len() >= n * CHUNK && a.scratch.keys.len() == dim * CHUNK && a.from.is_multiple_of(GRANULE)
+    );
+    a.max.fill(f32::NEG_INFINITY);
+    a.sum.fill(0.0);
+    a.acc.fill(0.0);
+    let mut from = a.from;
+    while from < a.to {
+        let count = (a.to - from).min(CHUNK);
+        // SAFETY: the lengths were checked above; offsets below stay within them.
+        unsafe {
+            load::<S>(a, from, count);
+            let scores = a.scratch.scores.as_mut_ptr();
+            let columns = count.next_multiple_of(GRANULE);
+            gemm::<S>(n, columns, dim, a.queries.as_ptr(), dim, a.scratch.keys.as_ptr(), CHUNK, scores, CHUNK, false);
+            for q in 0..n {
+                let (low, high) = a.sight[q];
+                let low = (low as usize).saturating_sub(from).min(columns);
+                let high = (high as usize).saturating_sub(from).min(count);
+                let row = std::slice::from_raw_parts_mut(scores.add(q * CHUNK), columns);
+                if low >= high {
+                    row.fill(0.0);
+                    continue;
+                }
+                row[..low].fill(f32::NEG_INFINITY);
+                row[high..].fill(f32::NEG_INFINITY);
+                softmax_step::<S>(row, &mut a.max[q], &mut a.sum[q], &mut a.acc[q * width..(q + 1) * width]);
+            }
+            let values = a.scratch.values.as_ptr();
+            gemm::<S>(n, width, count, scores, CHUNK, values, width, a.acc.as_mut_ptr(), width, true);
+        }
+        from += count;
+    }
+}
+
+/// Turns a chunk's scores into weights relative to the new maximum, and brings what was summed before to it.
+///
+/// # Safety
+/// The CPU has `S`; lengths are multiples of 16.
+#[inline(always)]
+unsafe fn softmax_step<S: Simd>(scores: &mut [f32], max: &mut f32, sum: &mut f32, acc: &mut [f32]) {
+    // SAFETY: whole vectors of slices whose lengths LANES divides.
+    unsafe {
+        let p = scores.as_mut_ptr();
+        let mut largest = S::load(p);
+        for i in (S::LANES..scores.len()).step_by(S::LANES) {
+            largest = S::max(largest, S::load(p.add(i)));
+        }
+        let new = max.max(S::reduce_max(largest));
+        let mut total = S::splat(0.0);
+        for i in (0..scores.len()).step_by(S::LANES) {
+            let e = S::exp(S::add(S::load(p.add(i)), S::splat(-new)));
+            total = S::add(total, e);
+            S::store(p.add(i), e);
+        }
+        if new > *max {
+            let mut shrink = [0.0f32; 16];
+            S::store(shrink.as_mut_ptr(), S::exp(S::splat(*max - new)));
+            *sum *= shrink[0];
+            for i in (0..acc.len()).step_by(S::LANES) {
+                let at = acc.as_mut_ptr().add(i);
+                S::store(at, S::mul(S::load(at), S::splat(shrink[0])));
+            }
+            *max = new;
+        }
+        *sum += S::reduce_add(total);
+    }
+}
+
+/// Converts `count` keys and values from number `from` on.
+///
+/// # Safety
+/// As for [`attend`].
+#[inline(always)]
+unsafe fn load<S: Simd>(a: &mut Attend, from: usize, count: usize) {
+    let (dim, width) = (a.head_dim, padded(a.head_dim));
+    let first = a.head * dim;
+    let Scratch { keys, values, row: temporary, .. } = &mut *a.scratch;
+    // SAFETY: `keys` is (dim, CHUNK), `values` (CHUNK, padded), count <= CHUNK.
+    unsafe {
+        let keys = keys.as_mut_ptr();
+        match a.source {
+            Source::Stored { k, v, blocks, rows_per_block } => {
+                let row_of = |key: usize| blocks[key / rows_per_block] as usize * rows_per_block + key % rows_per_block;
+                for i in (0..count).step_by(GRANULE) {
+                    if rows_per_block.is_multiple_of(GRANULE) {
+                        k.read::<S>(row_of(from + i) / GRANULE, first, dim, keys.add(i), CHUNK);
+                    } else {
+                        for j in i..(i + GRANULE).min(count) {
+                            k.read_row(row_of(from + j), first, dim, keys.add(j), CHUNK);
+                        }
+                    }
+                }
+                for i in 0..count {
+                    v.read::<S>(row_of(from + i), first, &mut values[i * width..i * width + dim]);
+                }
+            }
+            Source::Hidden { ring, ring_base, capacity, fresh, first_fresh, fresh_base, first: first_seen } => {
+                for i in 0..count {
+                    let number = from + i;
+                    if number < first_seen {
+                        values[i * width..i * width + dim].fill(0.0);
+                        continue;
+                    }
+                    let ((k, v), row) = match number.checked_sub(first_fresh) {
+                        Some(i) => (fresh, fresh_base + i),
+                        None => (ring, ring_base + number % capacity),
+                    };
+                    k.read::<S>(row, first, temporary);
+                    for (d, x) in temporary.iter().enumerate() {
+                        *keys.add(d * CHUNK + i) = *x;
+                    }
+                    v.read::<S>(row, first, &mut values[i * width..i * width + dim]);
+                }
+            }
+        }
+    }
+}
+
+/// `C = A B` or `C += A B`, all row-major with the given strides; `columns` is a multiple of 16.
+///
+/// # Safety
+/// The CPU has `S`; the matrices lie behind the pointers.
+#[allow(clippy::too_many_arguments)]
+#[inline(always)]
+unsafe fn gemm<S: Simd>(
+    rows: usize,
+    columns: usize,
+    depth: usize,
+    a: *const f32,
+    lda: usize,
+    b: *const f32,
+    ldb: usize,
+    c: *mut f32,
+    ldc: usize,
+    accumulate: bool,
+) {
+    // SAFETY: blocks stay within rows and columns.
+    unsafe {
+        let mut column = 0;
+        while column < columns {
+            let left = (columns - column) / S::LANES;
+            let vectors = if left >= 4 {
+                4
+            } else if left >= 2 {
+                2
+            } else {
+                1
+            };
+            let mut row = 0;
+            while row < rows {
+                let m = (rows - row).min(S::QUERY_ROWS);
+                let block =
+                    Block { a: a.add(row * lda), lda, b: b.add(column), ldb, c: c.add(row * ldc + column), ldc };
+                match vectors {
+                    4 => block.rows::<S, 4>(m, depth, accumulate),
+                    2 => block.rows::<S, 2>(m, depth, accumulate),
+                    _ => block.rows::<S, 1>(m, depth, accumulate),
+                }
+                row += m;
+            }
+            column += vectors * S::LANES;
+        }
+    }
+}
+
+struct Block {
+    a: *const f32,
+    lda: usize,
+    b: *const f32,
+    ldb: usize,
+    c: *mut f32,
+    ldc: usize,
+}
+
+impl Block {
+    #[inline(always)]
+    unsafe fn rows<S: Simd, const V: usize>(&self, m: usize, depth: usize, accumulate: bool) {
+        // SAFETY: the caller's.
+        unsafe {
+            match m {
+                1 => self.product::<S, 1, V>(depth, accumulate),
+                2 => self.product::<S, 2, V>(depth, accumulate),
+                3 => self.product::<S, 3, V>(depth, accumulate),
+                4 => self.product::<S, 4, V>(depth, accumulate),
+                5 => self.product::<S, 5, V>(depth, accumulate),
+                _ => self.product::<S, 6, V>(depth, accumulate),
+            }
+        }
+    }
+
+    /// M rows by V vectors, held in registers over the whole depth.
+    #[inline(always)]
+    unsafe fn product<S: Simd, const M: usize, const V: usize>(&self, depth: usize, accumulate: bool) {
+        if M > S::QUERY_ROWS {
+            return; // never asked for
+        }
+        // SAFETY: the caller's.
+        unsafe {
+            let mut acc = [[S::splat(0.0); V]; M];
+            if accumulate {
+                for m in 0..M {
+                    for v in 0..V {
+                        acc[m][v] = S::load(self.c.add(m * self.ldc + v * S::LANES));
+                    }
+                }
+            }
+            let (mut a, mut b) = (self.a, self.b);
+            for _ in 0..depth {
+                let mut right = [S::splat(0.0); V];
+                for v in 0..V {
+                    right[v] = S::load(b.add(v * S::LANES));
+                }
+                for m in 0..M {
+                    let left = S::splat(*a.add(m * self.lda));
+                    for v in 0..V {
+                        acc[m][v] = S::fma(left, right[v], acc[m][v]);
+                    }
+                }
+                a = a.add(1);
+                b = b.add(self.ldb);
+            }
+            for m in 0..M {
+                for v in 0..V {
+                    S::store(self.c.add(m * self.ldc + v * S::LANES), acc[m][v]);
+                }
+            }
+        }
+    }
+}
+
+/// A running total over a query's parts: `[padded]` sums of values, the largest score, the sum of exponentials.
+pub struct Merge<'a> {
+    total: &'a mut [f32],
+}
+
+impl<'a> Merge<'a> {
+    /// Goes on with a total, or begins one.
+    pub fn resume(total: &'a mut [f32], begin: bool) -> Merge<'a> {
+        if begin {
+            total.fill(0.0);
+            total[total.len() - 2] = f32::NEG_INFINITY;
+        }
+        Merge { total }
+    }
+
+    pub fn add(&mut self, max: f32, sum: f32, acc: &[f32]) {
+        if max == f32::NEG_INFINITY {
+            return; // it saw nothing here
+        }
+        let (total, [total_max, total_sum]) = self.total.split_last_chunk_mut().expect("two more than padded");
+        let new = total_max.max(max);
+        let (before, here) = ((*total_max - new).exp(), (max - new).exp());
+        *total_sum = *total_sum * before + sum * here;
+        for (total, part) in total.iter_mut().zip(acc) {
+            *total = *total * before + part * here;
+        }
+        *total_max = new;
+    }
+
+    pub fn finish(self, out: &mut [f32]) {
+        let inverse = 1.0 / self.total[self.total.len() - 1];
+        out.iter_mut().zip(&*self.total).for_each(|(o, t)| *o = t * inverse);
+    }
+}

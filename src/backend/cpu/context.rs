@@ -1,0 +1,765 @@
+//! One session's cache and scratch, and the step: the phases of a layer, shared among threads.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use super::attention::{self, Attend, MAX_SPLITS, Merge, Source, padded, split_len};
+use super::kernels::Kernels;
+use super::matrix::{Activations, Needs, embedding_row};
+use super::packed::TILE;
+use super::pool::{Pool, Worker};
+use super::shared::Shared;
+use super::store::{Granules, Rows};
+use super::{Cpu, CpuLayer, Embedding, Projection};
+use crate::backend::{Context, ContextMemory, ContextOptions};
+use crate::cache::BlockCopy;
+use crate::error::{Error, Result};
+use crate::model::{Hyper, NormPlacement, QkNorm, RopePairs};
+use crate::schedule::{LayerRows, Plan, Row, Store};
+
+/// Up to so many rows every thread converts the activations for itself, which saves a barrier.
+const OWN_ROWS: usize = 8;
+/// Up to so many rows the context is divided among threads.
+const SPLIT_ROWS: usize = 16;
+/// Query vectors that share one conversion of keys and values.
+const TILE_QUERIES: usize = 48;
+
+pub struct CpuContext {
+    pool: Pool,
+    step: Step,
+}
+
+/// What a thread has to itself.
+struct Own {
+    row: Vec<f32>,     // the widest row
+    convert: Vec<f32>, // see Matrix::scratch
+    encoded: Vec<u8>,  // a cache row
+    attention: attention::Scratch,
+    queries: Vec<f32>,      // (query, head_dim)
+    sight: Vec<(u32, u32)>, // (query)
+    max: Vec<f32>,          // (query)
+    sum: Vec<f32>,          // (query)
+    acc: Vec<f32>,          // (query, padded)
+    totals: Vec<f32>,       // (query, padded + 2): running merge
+    tiles: Vec<QueryTile>,
+}
+
+/// Rows of one sequence that attend together.
+#[derive(Clone, Copy)]
+struct QueryTile {
+    /// Their indices among the rows that go on.
+    first: usize,
+    n: usize,
+    entry: usize,
+    stored: usize,
+    split: usize,
+    /// Hidden tokens that any of them sees.
+    hidden: (usize, usize),
+}
+
+impl QueryTile {
+    fn splits(&self) -> usize {
+        self.stored.div_ceil(self.split)
+    }
+
+    fn parts(&self) -> usize {
+        self.splits() + usize::from(self.hidden.0 < self.hidden.1)
+    }
+}
+
+struct Step {
+    model: Arc<Cpu>,
+    options: ContextOptions,
+    cache: Vec<(Granules, Rows)>, // (layer): keys, values of (cache row, kv_dim)
+    rings: Vec<(Rows, Rows)>,     // (layer): (sequence, hidden number % ring_capacity), kv_dim
+    fresh: (Rows, Rows),          // (hidden row of the pass, kv_dim)
+    logits: Shared<f32>,          // (logits row, n_vocab)
+    x: Shared<f32>,               // (row of the plan, n_embd): the residual stream
+    rope: Shared<f32>,            // (row of the plan, head_dim): cosines, then sines
+    q: Shared<f32>,               // (entering row, q_dim)
+    k: Shared<f32>,               // (entering row, kv_dim)
+    v: Shared<f32>,               // (entering row, kv_dim)
+    attention: Shared<f32>,       // (row that goes on, q_dim)
+    partials: Shared<f32>,        // (row that goes on, head, split or hidden, padded + 2)
+    gate: Shared<f32>,            // (row that goes on, n_ff)
+    up: Shared<f32>,              // (row that goes on, n_ff)
+    out: Shared<f32>,             // (row that goes on, n_embd)
+    activations: Activations,
+    own: Shared<Own>,
+    own_activations: Vec<Activations>, // (thread)
+}
+
+impl CpuContext {
+    pub fn new(model: Arc<Cpu>, options: &ContextOptions) -> Result<CpuContext> {
+        let h = model.hyper.clone();
+        let layout = options.layout;
+        let rows = options.max_rows;
+        // More threads than the process has CPUs would only wait for each other.
+        let available = std::thread::available_parallelism().map_or(1, |n| n.get());
+        let n_threads = options.n_threads.clamp(1, available);
+        let kind = options.cache_type;
+        let natural = |n: usize| Ok::<_, Error>((Rows::new(kind, n, h.kv_dim())?, Rows::new(kind, n, h.kv_dim())?));
+        let cached = || {
+            let n = layout.cache_rows();
+            Ok::<_, Error>((Granules::new(kind, n, h.kv_dim())?, Rows::new(kind, n, h.kv_dim())?))
+        };
+        let scratch = |rows: usize, width: usize| Shared::new("scratch", rows, width);
+        let group = h.n_heads / h.n_kv_heads;
+        let queries = tile_rows(group) * group;
+        let widest = h.n_embd.max(h.n_ff).max(h.q_dim());
+        let width = padded(h.head_dim);
+        let own = || Own {
+            row: vec![0.0; widest.max(h.kv_dim())],
+            convert: vec![0.0; model.convert_scratch],
+            encoded: vec![0; kind.row_bytes(h.kv_dim())],
+            attention: attention::Scratch::new(queries, h.head_dim),
+            queries: vec![0.0; queries * h.head_dim],
+            sight: vec![(0, 0); queries],
+            max: vec![0.0; queries],
+            sum: vec![0.0; queries],
+            acc: vec![0.0; queries * width],
+            totals: vec![0.0; queries * (width + 2)],
+            tiles: Vec::with_capacity(rows),
+        };
+        let own_activations = (0..n_threads)
+            .map(|_| Activations::new(OWN_ROWS.min(rows), widest, model.has_ggml))
+            .collect::<Result<_>>()?;
+        let own: Vec<Own> = (0..n_threads).map(|_| own()).collect();
+        let step = Step {
+            cache: (0..h.n_layers).map(|_| cached()).collect::<Result<_>>()?,
+            rings: (0..h.n_layers).map(|_| natural(layout.ring_rows())).collect::<Result<_>>()?,
+            fresh: natural(rows)?,
+            logits: Shared::new("the logits", options.n_logits, h.n_vocab)?,
+            x: scratch(rows, h.n_embd)?,
+            rope: scratch(rows, h.head_dim)?,
+            q: scratch(rows, h.q_dim())?,
+            k: scratch(rows, h.kv_dim())?,
+            v: scratch(rows, h.kv_dim())?,
+            attention: scratch(rows, h.q_dim())?,
+            partials: scratch(rows.min(SPLIT_ROWS) * h.n_heads * slots(&layout), width + 2)?,
+            gate: scratch(rows, h.n_ff)?,
+            up: scratch(rows, h.n_ff)?,
+            out: scratch(rows, h.n_embd)?,
+            activations: Activations::new(rows, widest, model.has_ggml)?,
+            own: own.into(),
+            own_activations,
+            options: *options,
+            model,
+        };
+        Ok(CpuContext { pool: Pool::new(n_threads)?, step })
+    }
+}
+
+/// Parts of a row's context: its splits, and the hidden window.
+fn slots(layout: &crate::cache::Layout) -> usize {
+    let stored = layout.n_positions * layout.stored_copies;
+    // Shorter contexts never have more splits than this.
+    stored.div_ceil(split_len(0)).min(MAX_SPLITS) + 1
+}
+
+/// Rows of a query tile.
+fn tile_rows(group: usize) -> usize {
+    (TILE_QUERIES / group).max(1)
+}
+
+impl Context for CpuContext {
+    fn run(&mut self, plan: &Plan, cancelled: &(dyn Fn() -> bool + Sync)) -> Result<()> {
+        let stopped = AtomicBool::new(false);
+        let step = &self.step;
+        self.pool.run(&|w: &Worker| {
+            if step.carry_out(w, plan, cancelled).is_none() {
+                stopped.store(true, Ordering::Relaxed);
+            }
+        });
+        if stopped.into_inner() { Err(Error::Cancelled) } else { Ok(()) }
+    }
+
+    fn logits(&self, row: usize) -> &[f32] {
+        let n = self.step.model.hyper.n_vocab;
+        // SAFETY: no step is running: that takes `&mut self`.
+        unsafe { self.step.logits.slice(row * n, n) }
+    }
+
+    fn copy_logits(&mut self, src: usize, dst: usize) {
+        let n = self.step.model.hyper.n_vocab;
+        self.step.logits.as_mut().copy_within(src * n..(src + 1) * n, dst * n);
+    }
+
+    fn copy_block(&mut self, copy: BlockCopy) {
+        let layout = self.step.options.layout;
+        let rows_per_block = layout.block * layout.stored_copies;
+        let (src, dst) = (copy.src as usize * rows_per_block, copy.dst as usize * rows_per_block);
+        let n = copy.n_positions * layout.stored_copies;
+        for (k, v) in &mut self.step.cache {
+            k.copy_within(src, dst, n);
+            v.copy_within(src, dst, n);
+        }
+    }
+
+    fn copy_rings(&mut self, src: usize, dst: usize) {
+        let capacity = self.step.options.layout.ring_capacity;
+        for (k, v) in &mut self.step.rings {
+            k.copy_within(src * capacity, dst * capacity, capacity);
+            v.copy_within(src * capacity, dst * capacity, capacity);
+        }
+    }
+
+    fn memory(&self) -> ContextMemory {
+        let s = &self.step;
+        let floats = [&s.logits, &s.x, &s.rope, &s.q, &s.k, &s.v, &s.attention, &s.partials, &s.gate, &s.up, &s.out];
+        // SAFETY: no step is running.
+        let own = unsafe { s.own.slice(0, s.own.len()) };
+        ContextMemory {
+            cache: s.cache.iter().map(|(k, v)| k.bytes() + v.bytes()).sum(),
+            hidden: s.rings.iter().map(|(k, v)| k.bytes() + v.bytes()).sum(),
+            scratch: floats.into_iter().map(Shared::bytes).sum::<usize>()
+                + s.fresh.0.bytes()
+                + s.fresh.1.bytes()
+                + s.activations.bytes()
+                + s.own_activations.iter().map(Activations::bytes).sum::<usize>()
+                + own.iter().map(Own::bytes).sum::<usize>(),
+        }
+    }
+}
+
+impl Own {
+    fn bytes(&self) -> usize {
+        let floats = [&self.row, &self.convert, &self.queries, &self.max, &self.sum, &self.acc, &self.totals];
+        self.attention.bytes()
+            + floats.into_iter().map(|v| 4 * v.len()).sum::<usize>()
+            + self.encoded.len()
+            + 8 * self.sight.len()
+            + self.tiles.capacity() * size_of::<QueryTile>()
+    }
+}
+
+/// The part of `range` that lies in `from..from + n`, counted from `from`.
+fn overlap(range: &std::ops::Range<usize>, from: usize, n: usize) -> std::ops::Range<usize> {
+    range.start.clamp(from, from + n) - from..range.end.clamp(from, from + n) - from
+}
+
+impl Step {
+    /// One thread's part of the step; `None` when it was cancelled.
+    fn carry_out(&self, w: &Worker, plan: &Plan, cancelled: &(dyn Fn() -> bool + Sync)) -> Option<()> {
+        let model = &*self.model;
+        let mine = &self.own_activations[w.index];
+        let p = Phases { s: self, h: &model.hyper, kernels: model.kernels, w, plan, cancelled, mine };
+        // SAFETY: each thread takes the element of its own index.
+        let own = &mut unsafe { self.own.slice_mut(w.index, 1) }[0];
+        p.embed();
+        for (index, layer) in model.layers.iter().enumerate() {
+            let rows = &plan.layers[index];
+            p.meet()?;
+            p.project(own, layer, &rows.enter)?;
+            p.meet()?;
+            p.rotate_and_store(own, layer, index, &rows.enter);
+            p.meet()?;
+            p.attend(own, index, rows);
+            p.meet()?;
+            p.keep_hidden(index, &rows.enter);
+            p.attention_output(own, layer, rows)?;
+            p.meet()?;
+            p.feed_forward(own, layer, rows)?;
+            p.meet()?;
+            p.feed_forward_output(own, layer, rows)?;
+        }
+        p.meet()?;
+        p.head(own)
+    }
+}
+
+/// The phases of a step as one thread sees them. Within a phase a thread writes rows or columns of its own share only, and reads
+/// what earlier phases wrote; they are separated by [`Phases::meet`]. That is the guarantee behind every use of
+/// [`Shared::slice`] and [`Shared::slice_mut`] here ("phases").
+#[derive(Clone, Copy)]
+struct Phases<'a> {
+    s: &'a Step,
+    h: &'a Hyper,
+    kernels: &'static Kernels,
+    w: &'a Worker<'a>,
+    plan: &'a Plan,
+    cancelled: &'a (dyn Fn() -> bool + Sync),
+    /// Activations of up to [`OWN_ROWS`] rows, which every thread converts for itself.
+    mine: &'a Activations,
+}
+
+impl<'a> Phases<'a> {
+    /// Waits for all threads; ends the step on all of them alike if that was asked for.
+    fn meet(self) -> Option<()> {
+        if self.w.index == 0 && (self.cancelled)() {
+            self.w.ask_stop();
+        }
+        (!self.w.barrier()).then_some(())
+    }
+
+    /// Index in the plan of the `i`th row that goes on.
+    fn kept(self, rows: &LayerRows, i: usize) -> usize {
+        rows.enter[rows.keep[i] as usize] as usize
+    }
+
+    fn embed(self) {
+        let (s, h) = (self.s, self.h);
+        for i in self.w.share(self.plan.rows.len(), 1) {
+            let row = &self.plan.rows[i];
+            // SAFETY: phases.
+            let (x, rope) =
+                unsafe { (s.x.slice_mut(i * h.n_embd, h.n_embd), s.rope.slice_mut(i * h.head_dim, h.head_dim)) };
+            match &s.model.embeddings[row.table as usize] {
+                Embedding::Stored(table) => embedding_row(table, row.token as usize, x),
+                Embedding::Head => s.model.head.row(row.token as usize, x),
+            }
+            let (cos, sin) = rope.split_at_mut(h.head_dim / 2);
+            for ((cos, sin), frequency) in cos.iter_mut().zip(sin).zip(&h.rope_frequencies) {
+                // In f64: at long contexts the angle has more digits than f32 keeps.
+                let (a, b) = (f64::from(row.rope) * frequency).sin_cos();
+                (*sin, *cos) = (a as f32, b as f32);
+            }
+        }
+    }
+
+    /// Converts `n` rows of activations, handed in by `row`, to the forms that matrices need. Many rows are divided among the
+    /// threads, which then meet.
+    fn inputs(
+        self,
+        own: &mut Own,
+        needs: &Needs,
+        n: usize,
+        row: impl Fn(&mut Own, usize) -> &[f32],
+    ) -> Option<&'a Activations> {
+        let is_own = n <= OWN_ROWS;
+        let x = if is_own { self.mine } else { &self.s.activations };
+        for i in if is_own { 0..n } else { self.w.share(n, 1) } {
+            // SAFETY: this thread's own activations, or a row of its share.
+            unsafe { x.set(self.kernels, needs, i, n, row(own, i)) };
+        }
+        if !is_own {
+            self.meet()?;
+        }
+        Some(x)
+    }
+
+    /// A row of the residual stream, RMS-normed if the family norms `when`.
+    fn normed<'b>(self, own: &'b mut Own, row: usize, weight: &[f32], when: NormPlacement) -> &'b [f32] {
+        let (s, h) = (self.s, self.h);
+        // SAFETY: phases.
+        let x = unsafe { s.x.slice(row * h.n_embd, h.n_embd) };
+        let out = &mut own.row[..h.n_embd];
+        if h.norms == when {
+            // SAFETY: these kernels are this CPU's.
+            unsafe { (self.kernels.norm)(x, weight, h.norm_eps, out) };
+        } else {
+            out.copy_from_slice(x);
+        }
+        out
+    }
+
+    /// This thread's share of the tiles of `projections`, which follow one another; `each` is given the number of the
+    /// projection, the row, the first output and the outputs, bias included.
+    fn multiply(
+        self,
+        own: &mut Own,
+        projections: &[&Projection],
+        x: &Activations,
+        n: usize,
+        mut each: impl FnMut(usize, usize, usize, &mut [f32]),
+    ) {
+        let total = projections.iter().map(|p| p.matrix.n_tiles()).sum();
+        let share = self.w.share(total, 1);
+        let mut from = 0;
+        for (i, p) in projections.iter().enumerate() {
+            let tiles = overlap(&share, from, p.matrix.n_tiles());
+            from += p.matrix.n_tiles();
+            // SAFETY: `inputs` has put in all n rows for the needs of these projections; kernels are this CPU's.
+            unsafe {
+                p.matrix.tiles(self.kernels, x, n, tiles, &mut own.convert, |row, first, out| {
+                    if let Some(bias) = &p.bias {
+                        out.iter_mut().zip(&bias[first..]).for_each(|(o, b)| *o += b);
+                    }
+                    each(i, row, first, out);
+                });
+            }
+        }
+    }
+
+    /// Queries, keys and values of the entering rows.
+    fn project(self, own: &mut Own, layer: &CpuLayer, enter: &[u32]) -> Option<()> {
+        let s = self.s;
+        let n = enter.len();
+        let x = self.inputs(own, &layer.qkv_needs, n, |own, i| {
+            self.normed(own, enter[i] as usize, &layer.attention_norm, NormPlacement::Before)
+        })?;
+        let targets = [(&s.q, self.h.q_dim()), (&s.k, self.h.kv_dim()), (&s.v, self.h.kv_dim())];
+        self.multiply(own, &[&layer.q, &layer.k, &layer.v], x, n, |which, row, first, out| {
+            let (target, width) = targets[which];
+            // SAFETY: phases: the columns of this thread's tiles.
+            unsafe { target.slice_mut(row * width + first, out.len()) }.copy_from_slice(out);
+        });
+        Some(())
+    }
+
+    /// Query and key norms, RoPE; keys and values go to the cache or to the pass's own.
+    fn rotate_and_store(self, own: &mut Own, layer: &CpuLayer, index: usize, enter: &[u32]) {
+        let (s, h) = (self.s, self.h);
+        for i in self.w.share(enter.len(), 1) {
+            let row = enter[i] as usize;
+            // SAFETY: phases: rows of this thread's share.
+            let (q, k, v, rope) = unsafe {
+                (
+                    s.q.slice_mut(i * h.q_dim(), h.q_dim()),
+                    s.k.slice_mut(i * h.kv_dim(), h.kv_dim()),
+                    s.v.slice(i * h.kv_dim(), h.kv_dim()),
+                    s.rope.slice(row * h.head_dim, h.head_dim),
+                )
+            };
+            for (x, weight) in [(&mut *q, &layer.q_norm), (&mut *k, &layer.k_norm)] {
+                let width = match h.qk_norm {
+                    QkNorm::None => x.len(),
+                    QkNorm::Head => h.head_dim,
+                    QkNorm::Projection => x.len(),
+                };
+                if h.qk_norm != QkNorm::None {
+                    for x in x.chunks_exact_mut(width) {
+                        let copy = &mut own.row[..width];
+                        copy.copy_from_slice(x);
+                        // SAFETY: these kernels are this CPU's.
+                        unsafe { (self.kernels.norm)(copy, weight, h.norm_eps, x) };
+                    }
+                }
+                x.chunks_exact_mut(h.head_dim).for_each(|head| rotate(head, rope, h.rope_pairs));
+            }
+            // SAFETY: phases: the cache row or hidden row of this row alone.
+            unsafe {
+                match self.plan.rows[row].store {
+                    Store::Cache(at) => {
+                        s.cache[index].0.write(at as usize, k, &mut own.encoded);
+                        s.cache[index].1.write(at as usize, v);
+                    }
+                    Store::Hidden(at) => {
+                        s.fresh.0.write(at as usize, k);
+                        s.fresh.1.write(at as usize, v);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Cuts the rows that go on into tiles that attend together.
+    fn find_tiles(self, tiles: &mut Vec<QueryTile>, rows: &LayerRows) {
+        let most = tile_rows(self.h.n_heads / self.h.n_kv_heads);
+        tiles.clear();
+        for i in 0..rows.keep.len() {
+            let row = &self.plan.rows[self.kept(rows, i)];
+            let stored = row.stored as usize;
+            let (split, entry) = (split_len(stored), row.entry as usize);
+            let hidden = (row.hidden_from as usize, row.hidden_to as usize);
+            match tiles.last_mut() {
+                Some(t) if t.entry == entry && t.split == split && t.n < most => {
+                    t.n += 1;
+                    t.stored = t.stored.max(stored);
+                    if hidden.0 < hidden.1 {
+                        let whole = if t.hidden.0 < t.hidden.1 { t.hidden } else { hidden };
+                        t.hidden = (whole.0.min(hidden.0), whole.1.max(hidden.1));
+                    }
+                }
+                _ => tiles.push(QueryTile { first: i, n: 1, entry, stored, split, hidden }),
+            }
+        }
+    }
+
+    /// Attention of the rows that go on: into `partials` if they are few, else finished into `attention`.
+    fn attend(self, own: &mut Own, index: usize, rows: &LayerRows) {
+        let (s, h) = (self.s, self.h);
+        let (dim, width) = (h.head_dim, padded(h.head_dim));
+        let group = h.n_heads / h.n_kv_heads;
+        let mut tiles = std::mem::take(&mut own.tiles);
+        self.find_tiles(&mut tiles, rows);
+        let is_split = rows.keep.len() <= SPLIT_ROWS;
+        let pieces = |t: &QueryTile| h.n_kv_heads * if is_split { t.parts() } else { 1 };
+        let total = tiles.iter().map(pieces).sum();
+        let slots = slots(&s.options.layout);
+        while let Some(mut piece) = self.w.take(total) {
+            let tile = tiles.iter().find(|t| {
+                let here = piece < pieces(t);
+                piece -= if here { 0 } else { pieces(t) };
+                here
+            });
+            let tile = tile.expect("pieces were counted");
+            let (part, head) = (piece / h.n_kv_heads, piece % h.n_kv_heads);
+            self.load_queries(own, rows, tile, head);
+            let n = tile.n * group;
+            if is_split {
+                self.attend_part(own, index, rows, tile, head, part);
+                let slot = if part < tile.splits() { part } else { slots - 1 };
+                for q in 0..n {
+                    let (i, head) = (tile.first + q / group, head * group + q % group);
+                    let at = ((i * h.n_heads + head) * slots + slot) * (width + 2);
+                    // SAFETY: phases: each piece has partials of its own.
+                    let partial = unsafe { s.partials.slice_mut(at, width + 2) };
+                    partial[..width].copy_from_slice(&own.acc[q * width..(q + 1) * width]);
+                    partial[width] = own.max[q];
+                    partial[width + 1] = own.sum[q];
+                }
+                continue;
+            }
+            own.totals[..n * (width + 2)].fill(0.0);
+            for part in 0..tile.parts() {
+                self.attend_part(own, index, rows, tile, head, part);
+                for q in 0..n {
+                    let total = &mut own.totals[q * (width + 2)..(q + 1) * (width + 2)];
+                    Merge::resume(total, part == 0).add(own.max[q], own.sum[q], &own.acc[q * width..(q + 1) * width]);
+                }
+            }
+            for q in 0..n {
+                let (i, head) = (tile.first + q / group, head * group + q % group);
+                // SAFETY: phases: this row's and head's part.
+                let out = unsafe { s.attention.slice_mut(i * h.q_dim() + head * dim, dim) };
+                Merge::resume(&mut own.totals[q * (width + 2)..(q + 1) * (width + 2)], false).finish(out);
+            }
+        }
+        own.tiles = tiles;
+    }
+
+    /// A tile's query vectors of one key/value head, scaled.
+    fn load_queries(self, own: &mut Own, rows: &LayerRows, tile: &QueryTile, head: usize) {
+        let (s, h) = (self.s, self.h);
+        let dim = h.head_dim;
+        let width = h.n_heads / h.n_kv_heads * dim;
+        let scale = 1.0 / (dim as f32).sqrt();
+        for (i, out) in own.queries.chunks_exact_mut(width).take(tile.n).enumerate() {
+            let entering = rows.keep[tile.first + i] as usize;
+            // SAFETY: phases.
+            let q = unsafe { s.q.slice(entering * h.q_dim() + head * width, width) };
+            out.iter_mut().zip(q).for_each(|(o, q)| *o = q * scale);
+        }
+    }
+
+    /// One split of a tile's stored keys, or its hidden window.
+    fn attend_part(self, own: &mut Own, index: usize, rows: &LayerRows, tile: &QueryTile, head: usize, part: usize) {
+        let (s, h) = (self.s, self.h);
+        let layout = s.options.layout;
+        let group = h.n_heads / h.n_kv_heads;
+        let n = tile.n * group;
+        let is_hidden = part == tile.splits();
+        let entry = &self.plan.entries[tile.entry];
+        let (from, to) = if is_hidden {
+            // Chunks begin at the same hidden tokens whatever the tile.
+            (tile.hidden.0 - tile.hidden.0 % 16, tile.hidden.1)
+        } else {
+            (part * tile.split, ((part + 1) * tile.split).min(tile.stored))
+        };
+        for (q, sight) in own.sight[..n].iter_mut().enumerate() {
+            let row = &self.plan.rows[self.kept(rows, tile.first + q / group)];
+            *sight = if is_hidden { (row.hidden_from, row.hidden_to) } else { (0, row.stored) };
+        }
+        let source = if is_hidden {
+            Source::Hidden {
+                ring: (&s.rings[index].0, &s.rings[index].1),
+                ring_base: entry.seq * layout.ring_capacity,
+                capacity: layout.ring_capacity,
+                fresh: (&s.fresh.0, &s.fresh.1),
+                first_fresh: entry.first_hidden,
+                fresh_base: entry.hidden_base,
+                first: tile.hidden.0,
+            }
+        } else {
+            Source::Stored {
+                k: &s.cache[index].0,
+                v: &s.cache[index].1,
+                blocks: &self.plan.blocks[entry.blocks.clone()],
+                rows_per_block: layout.block * layout.stored_copies,
+            }
+        };
+        let width = padded(h.head_dim);
+        let mut attend = Attend {
+            head_dim: h.head_dim,
+            head,
+            queries: &own.queries[..n * h.head_dim],
+            sight: &own.sight[..n],
+            source,
+            from,
+            to,
+            scratch: &mut own.attention,
+            max: &mut own.max[..n],
+            sum: &mut own.sum[..n],
+            acc: &mut own.acc[..n * width],
+        };
+        // SAFETY: these kernels are this CPU's; nobody writes keys or values in this phase.
+        unsafe { (self.kernels.attend)(&mut attend) }
+    }
+
+    /// Moves what later calls may see of the pass's hidden keys into the rings.
+    fn keep_hidden(self, index: usize, enter: &[u32]) {
+        let capacity = self.s.options.layout.ring_capacity;
+        if capacity == 0 {
+            return;
+        }
+        let (ring, fresh) = (&self.s.rings[index], &self.s.fresh);
+        for i in self.w.share(enter.len(), 1) {
+            let row = &self.plan.rows[enter[i] as usize];
+            let entry = &self.plan.entries[row.entry as usize];
+            let Store::Hidden(from) = row.store else { continue };
+            let number = row.hidden_to as usize - 1;
+            if number + capacity < entry.first_hidden + entry.n_hidden {
+                continue;
+            }
+            let to = entry.seq * capacity + number % capacity;
+            // SAFETY: phases: the ring's slot of this token; the pass's own rows are written by no one now.
+            unsafe {
+                ring.0.copy_from(to, &fresh.0, from as usize);
+                ring.1.copy_from(to, &fresh.1, from as usize);
+            }
+        }
+    }
+
+    /// A row's attention, merged from its parts if it was split.
+    fn attended<'b>(self, own: &'b mut Own, rows: &LayerRows, i: usize) -> &'b [f32] {
+        let (s, h) = (self.s, self.h);
+        let out = &mut own.row[..h.q_dim()];
+        if rows.keep.len() > SPLIT_ROWS {
+            // SAFETY: phases.
+            out.copy_from_slice(unsafe { s.attention.slice(i * h.q_dim(), h.q_dim()) });
+            return out;
+        }
+        let row: &Row = &self.plan.rows[self.kept(rows, i)];
+        let splits = (row.stored as usize).div_ceil(split_len(row.stored as usize));
+        let slots = slots(&s.options.layout);
+        let width = padded(h.head_dim);
+        let has_hidden = row.hidden_from < row.hidden_to;
+        for (head, out) in out.chunks_exact_mut(h.head_dim).enumerate() {
+            let total = &mut own.totals[..width + 2];
+            for (n, slot) in (0..splits).chain(has_hidden.then_some(slots - 1)).enumerate() {
+                let at = ((i * h.n_heads + head) * slots + slot) * (width + 2);
+                // SAFETY: phases.
+                let partial = unsafe { s.partials.slice(at, width + 2) };
+                Merge::resume(total, n == 0).add(partial[width], partial[width + 1], &partial[..width]);
+            }
+            Merge::resume(total, false).finish(out);
+        }
+        out
+    }
+
+    /// Output projection of attention, and its residual.
+    fn attention_output(self, own: &mut Own, layer: &CpuLayer, rows: &LayerRows) -> Option<()> {
+        let n = rows.keep.len();
+        let x = self.inputs(own, &layer.o_needs, n, |own, i| self.attended(own, rows, i))?;
+        self.add_to_residual(own, &layer.o, &layer.attention_norm, x, rows)
+    }
+
+    /// Gate, up and SiLU.
+    fn feed_forward(self, own: &mut Own, layer: &CpuLayer, rows: &LayerRows) -> Option<()> {
+        let (s, h) = (self.s, self.h);
+        let n = rows.keep.len();
+        let x = self.inputs(own, &layer.gate_up_needs, n, |own, i| {
+            self.normed(own, self.kept(rows, i), &layer.ffn_norm, NormPlacement::Before)
+        })?;
+        for (projection, target) in [(&layer.gate, &s.gate), (&layer.up, &s.up)] {
+            self.multiply(own, &[projection], x, n, |_, row, first, out| {
+                // SAFETY: phases: the columns of this thread's tiles.
+                unsafe { target.slice_mut(row * h.n_ff + first, out.len()) }.copy_from_slice(out);
+            });
+        }
+        // The same columns of both: nobody else's are needed.
+        let columns = self.w.share(layer.gate.matrix.n_tiles(), 1);
+        let columns = columns.start * TILE..(columns.end * TILE).min(h.n_ff);
+        for i in 0..n {
+            let at = i * h.n_ff + columns.start.min(columns.end);
+            // SAFETY: phases: as above; these kernels are this CPU's.
+            unsafe { (self.kernels.silu)(s.gate.slice_mut(at, columns.len()), s.up.slice(at, columns.len())) };
+        }
+        Some(())
+    }
+
+    /// Down projection of the feed-forward, and its residual.
+    fn feed_forward_output(self, own: &mut Own, layer: &CpuLayer, rows: &LayerRows) -> Option<()> {
+        let (s, h) = (self.s, self.h);
+        let n = rows.keep.len();
+        let x = self.inputs(own, &layer.down_needs, n, |own, i| {
+            let out = &mut own.row[..h.n_ff];
+            // SAFETY: phases.
+            out.copy_from_slice(unsafe { s.gate.slice(i * h.n_ff, h.n_ff) });
+            out
+        })?;
+        self.add_to_residual(own, &layer.down, &layer.ffn_norm, x, rows)
+    }
+
+    /// `x += W a`, or `x += norm(W a)` for families that norm after.
+    fn add_to_residual(
+        self,
+        own: &mut Own,
+        projection: &Projection,
+        norm: &[f32],
+        x: &Activations,
+        rows: &LayerRows,
+    ) -> Option<()> {
+        let (s, h) = (self.s, self.h);
+        let n = rows.keep.len();
+        let norms_after = h.norms == NormPlacement::After;
+        self.multiply(own, &[projection], x, n, |_, i, first, out| {
+            // SAFETY: phases: the columns of this thread's tiles.
+            unsafe {
+                if norms_after {
+                    s.out.slice_mut(i * h.n_embd + first, out.len()).copy_from_slice(out);
+                } else {
+                    let x = s.x.slice_mut(self.kept(rows, i) * h.n_embd + first, out.len());
+                    x.iter_mut().zip(out).for_each(|(x, o)| *x += *o);
+                }
+            }
+        });
+        if norms_after {
+            self.meet()?;
+            for i in self.w.share(n, 1) {
+                let normed = &mut own.row[..h.n_embd];
+                // SAFETY: phases: rows of this thread's share; these kernels are this CPU's.
+                unsafe {
+                    (self.kernels.norm)(s.out.slice(i * h.n_embd, h.n_embd), norm, h.norm_eps, normed);
+                    let x = s.x.slice_mut(self.kept(rows, i) * h.n_embd, h.n_embd);
+                    x.iter_mut().zip(normed).for_each(|(x, n)| *x += *n);
+                }
+            }
+        }
+        Some(())
+    }
+
+    /// Output norm and LM head of the rows that came through.
+    fn head(self, own: &mut Own) -> Option<()> {
+        let (s, h) = (self.s, self.h);
+        let n = self.plan.outputs.len();
+        let (Some(rows), true) = (self.plan.layers.last(), n > 0) else { return Some(()) };
+        let x = self.inputs(own, &s.model.head_needs, n, |own, i| {
+            let row = self.kept(rows, i);
+            // SAFETY: phases; these kernels are this CPU's.
+            unsafe {
+                let x = s.x.slice(row * h.n_embd, h.n_embd);
+                (self.kernels.norm)(x, &s.model.norm, h.norm_eps, &mut own.row[..h.n_embd]);
+            }
+            &own.row[..h.n_embd]
+        })?;
+        let share = self.w.share(s.model.head.n_tiles(), 1);
+        // SAFETY: `inputs` has put in all rows; logits: the columns of this thread's tiles.
+        unsafe {
+            s.model.head.tiles(self.kernels, x, n, share, &mut own.convert, |row, first, out| {
+                let at = self.plan.outputs[row].logits as usize * h.n_vocab + first;
+                s.logits.slice_mut(at, out.len()).copy_from_slice(out);
+            });
+        }
+        Some(())
+    }
+}
+
+fn rotate(head: &mut [f32], rope: &[f32], pairs: RopePairs) {
+    let half = head.len() / 2;
+    let (cos, sin) = rope.split_at(half);
+    match pairs {
+        RopePairs::Halves => {
+            let (first, second) = head.split_at_mut(half);
+            for (((a, b), cos), sin) in first.iter_mut().zip(second).zip(cos).zip(sin) {
+                (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
+            }
+        }
+        RopePairs::Adjacent => {
+            for ((pair, cos), sin) in head.chunks_exact_mut(2).zip(cos).zip(sin) {
+                (pair[0], pair[1]) = (pair[0] * cos - pair[1] * sin, pair[1] * cos + pair[0] * sin);
+            }
+        }
+    }
+}

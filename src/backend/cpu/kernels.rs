@@ -1,0 +1,706 @@
+//! The inner loops, written once over [`Simd`] and compiled for each instruction set; a table of entry points for each,
+//! chosen once.
+//!
+//! Sums have one fixed order for each element, whatever the number of rows or threads: a row's result does not depend on
+//! what is computed beside it, to the bit.
+
+use std::fmt;
+use std::sync::OnceLock;
+
+use super::attention::{self, Attend};
+use super::packed::{Packing, TILE};
+use super::simd::Simd;
+use super::simd::plain::Plain;
+use crate::error::{Error, Result, invalid};
+
+/// One tile of weights times a group of activation rows.
+pub struct Tile {
+    /// The tile, `packing.tile_bytes(n_in)` bytes.
+    pub weights: *const u8,
+    pub n_in: usize,
+    /// int8 `[block][quad 8][row][4]`, of 32-column blocks; or f32 `[column][row]`.
+    pub x: *const u8,
+    /// `[block][META][row]`, see [`meta`]; unused by float weights.
+    pub meta: *const u32,
+    /// `[row][TILE]`
+    pub out: *mut f32,
+}
+
+/// Words that accompany 32 activations.
+pub mod meta {
+    /// f32: what one quantum is worth.
+    pub const SCALE: usize = 0;
+    /// i32: -8 times the sum, the zero point of Q4_0.
+    pub const ZERO_8: usize = 1;
+    /// i32: -128 times the sum, that of Q8_0 as stored.
+    pub const ZERO_128: usize = 2;
+    /// f32: scale times sum, what minima are multiplied with.
+    pub const SUM: usize = 3;
+    /// i32: -32 times the sums of either half, the zero points of Q6_K.
+    pub const ZERO_32: usize = 4;
+    pub const WORDS: usize = 6;
+}
+
+pub type TileFn = unsafe fn(&Tile);
+
+/// Entry points for one instruction set. All of them are unsafe to call on a CPU without it, and take pointers for speed:
+/// what must lie behind them is said at the argument types.
+pub struct Kernels {
+    pub variant: Variant,
+    /// Activation rows of the largest group, see [`groups`].
+    pub int_rows: usize,
+    pub float_rows: usize,
+    /// The kernel for a group of so many rows.
+    pub tile: fn(Packing, usize) -> TileFn,
+    /// (x, n, group base, K, k, meta base): quantizes a row into row k of a group of K.
+    pub quantize: unsafe fn(&[f32], *mut i8, *mut u32, usize, usize),
+    /// (x, weight, eps, out): RMS norm.
+    pub norm: unsafe fn(&[f32], &[f32], f32, &mut [f32]),
+    /// (gate, up): `gate = silu(gate) up`.
+    pub silu: unsafe fn(&mut [f32], &[f32]),
+    pub attend: unsafe fn(&mut Attend),
+}
+
+/// The group that row `row` of `n` belongs to, as (first row, rows): `n` rows are cut into groups that kernels exist for.
+pub fn group_of(row: usize, n: usize, largest: usize) -> (usize, usize) {
+    let full = n - n % largest;
+    if row < full {
+        return (row - row % largest, largest);
+    }
+    match n - full {
+        // Nine to eleven are no group.
+        rest if rest <= 8 => (full, rest),
+        _ if row < full + 6 => (full, 6),
+        rest => (full + 6, rest - 6),
+    }
+}
+
+/// All groups of `n` rows.
+pub fn groups(n: usize, largest: usize) -> impl Iterator<Item = (usize, usize)> {
+    let mut at = 0;
+    std::iter::from_fn(move || {
+        let group = (at < n).then(|| group_of(at, n, largest))?;
+        at += group.1;
+        Some(group)
+    })
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Variant {
+    Plain,
+    Avx2,
+    Avx2Vnni,
+    Avx512Vnni,
+    NeonDot,
+}
+
+impl Variant {
+    /// From the fastest to the one that always works.
+    pub const ALL: [Variant; 5] =
+        [Variant::Avx512Vnni, Variant::Avx2Vnni, Variant::Avx2, Variant::NeonDot, Variant::Plain];
+
+    /// As `PHD_CPU_VARIANT` spells it.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Variant::Plain => "plain",
+            Variant::Avx2 => "avx2",
+            Variant::Avx2Vnni => "avx2-vnni",
+            Variant::Avx512Vnni => "avx512-vnni",
+            Variant::NeonDot => "neon-dot",
+        }
+    }
+
+    /// The entry points, if this CPU has the instructions.
+    pub fn kernels(self) -> Option<&'static Kernels> {
+        match self {
+            Variant::Plain => Some(&plain::KERNELS),
+            #[cfg(target_arch = "x86_64")]
+            Variant::Avx2 if has_avx2() => Some(&avx2::KERNELS),
+            #[cfg(target_arch = "x86_64")]
+            Variant::Avx2Vnni if has_avx2() && is_x86_feature_detected!("avxvnni") => Some(&avx2_vnni::KERNELS),
+            #[cfg(target_arch = "x86_64")]
+            Variant::Avx512Vnni
+                if has_avx2()
+                    && is_x86_feature_detected!("avx512f")
+                    && is_x86_feature_detected!("avx512bw")
+                    && is_x86_feature_detected!("avx512vl")
+                    && is_x86_feature_detected!("avx512vnni") =>
+            {
+                Some(&avx512::KERNELS)
+            }
+            #[cfg(target_arch = "aarch64")]
+            Variant::NeonDot if std::arch::is_aarch64_feature_detected!("dotprod") => Some(&neon::KERNELS),
+            _ => None,
+        }
+    }
+}
+
+impl fmt::Display for Variant {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+fn has_avx2() -> bool {
+    is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c")
+}
+
+/// The variant named by `PHD_CPU_VARIANT`, or the best that this CPU has.
+///
+/// # Errors
+/// `InvalidArgument` if the variable names none, `Unsupported` if the CPU lacks it.
+pub fn choose() -> Result<&'static Kernels> {
+    static BEST: OnceLock<&'static Kernels> = OnceLock::new();
+    match std::env::var("PHD_CPU_VARIANT") {
+        Ok(name) if !name.is_empty() && name != "ggml" => {
+            let variant = Variant::ALL.into_iter().find(|v| v.name() == name).ok_or_else(|| {
+                let names: Vec<_> = Variant::ALL.iter().map(|v| v.name()).collect();
+                invalid!("PHD_CPU_VARIANT is {name:?}, expected ggml or one of {}", names.join(", "))
+            })?;
+            variant.kernels().ok_or_else(|| Error::Unsupported(format!("this CPU has no {name}")))
+        }
+        _ => Ok(BEST.get_or_init(|| {
+            Variant::ALL.into_iter().find_map(Variant::kernels).expect("the plain variant runs everywhere")
+        })),
+    }
+}
+
+/// Whether `PHD_CPU_VARIANT` asks for ggml's kernels wherever it has one.
+pub fn prefers_ggml() -> bool {
+    std::env::var("PHD_CPU_VARIANT").is_ok_and(|v| v == "ggml")
+}
+
+/// Bytes ahead of the current ones that are prefetched. With several rows more instructions stand between loads and the
+/// hardware's own prefetcher falls behind.
+const AHEAD: usize = 4096;
+
+/// Repeats a statement for i = 0.. with `$i` a constant: the loops that must not stay loops.
+macro_rules! repeat {
+    ([$($n:literal)*] $i:ident => $body:block) => { $({ const $i: usize = $n; $body })* };
+}
+
+#[inline(always)]
+unsafe fn f32_at(p: *const u32, i: usize) -> f32 {
+    // SAFETY: the caller's: `p + i` is in bounds.
+    f32::from_bits(unsafe { *p.add(i) })
+}
+
+#[inline(always)]
+unsafe fn i32_at(p: *const u32, i: usize) -> i32 {
+    // SAFETY: the caller's: `p + i` is in bounds.
+    unsafe { *p.add(i) as i32 }
+}
+
+/// Q4_0 and, with a minimum, Q4_1.
+///
+/// # Safety
+/// As for [`tile`].
+#[inline(always)]
+unsafe fn tile_4<S: Simd, const K: usize, const HAS_MIN: bool>(t: &Tile) {
+    let unit = if HAS_MIN { 320 } else { 288 };
+    // SAFETY: every pointer stays within its array: blocks and rows are counted by the loops.
+    unsafe {
+        for lane in (0..TILE).step_by(S::LANES) {
+            let mut acc = [S::splat(0.0); K];
+            let (mut w, mut x, mut m) = (t.weights, t.x.cast::<i32>(), t.meta);
+            for _ in 0..t.n_in / 32 {
+                let mut s = [S::splat_i(0); K];
+                if !HAS_MIN {
+                    for k in 0..K {
+                        s[k] = S::splat_i(i32_at(m, meta::ZERO_8 * K + k));
+                    }
+                }
+                repeat!([0 1 2 3] Q => {
+                    if lane == 0 {
+                        S::prefetch(w.wrapping_add(64 * Q + AHEAD));
+                    }
+                    let v = S::load_b(w.add(64 * Q + 4 * lane));
+                    let low = S::bits(v, 0, 0, 15);
+                    for k in 0..K {
+                        s[k] = S::dot(s[k], low, x.add(Q * K + k).read_unaligned());
+                    }
+                    let high = S::bits(v, 0, 4, 15);
+                    for k in 0..K {
+                        s[k] = S::dot(s[k], high, x.add((4 + Q) * K + k).read_unaligned());
+                    }
+                });
+                let d = S::load_f16(w.add(256 + 2 * lane).cast());
+                for k in 0..K {
+                    let scale = S::mul(d, S::splat(f32_at(m, meta::SCALE * K + k)));
+                    acc[k] = S::fma(scale, S::to_f(s[k]), acc[k]);
+                }
+                if HAS_MIN {
+                    let min = S::load_f16(w.add(288 + 2 * lane).cast());
+                    for k in 0..K {
+                        acc[k] = S::fma(min, S::splat(f32_at(m, meta::SUM * K + k)), acc[k]);
+                    }
+                }
+                w = w.add(unit);
+                x = x.add(8 * K);
+                m = m.add(meta::WORDS * K);
+            }
+            for k in 0..K {
+                S::store(t.out.add(k * TILE + lane), acc[k]);
+            }
+        }
+    }
+}
+
+/// Q8_0.
+///
+/// # Safety
+/// As for [`tile`].
+#[inline(always)]
+unsafe fn tile_8<S: Simd, const K: usize>(t: &Tile) {
+    // SAFETY: as in `tile_4`.
+    unsafe {
+        for lane in (0..TILE).step_by(S::LANES) {
+            let mut acc = [S::splat(0.0); K];
+            let (mut w, mut x, mut m) = (t.weights, t.x.cast::<i32>(), t.meta);
+            for _ in 0..t.n_in / 32 {
+                let mut s = [S::splat_i(0); K];
+                for k in 0..K {
+                    s[k] = S::biased_start(i32_at(m, meta::ZERO_128 * K + k));
+                }
+                repeat!([0 1 2 3 4 5 6 7] Q => {
+                    if lane == 0 {
+                        S::prefetch(w.wrapping_add(64 * Q + AHEAD));
+                    }
+                    let v = S::load_b(w.add(64 * Q + 4 * lane));
+                    for k in 0..K {
+                        s[k] = S::dot_biased(s[k], v, x.add(Q * K + k).read_unaligned());
+                    }
+                });
+                let d = S::load_f16(w.add(512 + 2 * lane).cast());
+                for k in 0..K {
+                    let scale = S::mul(d, S::splat(f32_at(m, meta::SCALE * K + k)));
+                    acc[k] = S::fma(scale, S::to_f(s[k]), acc[k]);
+                }
+                w = w.add(544);
+                x = x.add(8 * K);
+                m = m.add(meta::WORDS * K);
+            }
+            for k in 0..K {
+                S::store(t.out.add(k * TILE + lane), acc[k]);
+            }
+        }
+    }
+}
+
+/// Q4_K and, with the fifth bits, Q5_K.
+///
+/// # Safety
+/// As for [`tile`].
+#[inline(always)]
+unsafe fn tile_4_k<S: Simd, const K: usize, const HAS_HIGH: bool>(t: &Tile) {
+    let block = if HAS_HIGH { 352 } else { 288 };
+    // SAFETY: as in `tile_4`.
+    unsafe {
+        for lane in (0..TILE).step_by(S::LANES) {
+            let mut acc = [S::splat(0.0); K];
+            let (mut w, mut x, mut m) = (t.weights, t.x.cast::<i32>(), t.meta);
+            for _ in 0..t.n_in / 256 {
+                let d = S::load_f16(w.add(2 * lane).cast());
+                let dmin = S::mul(S::load_f16(w.add(32 + 2 * lane).cast()), S::splat(-1.0));
+                w = w.add(64);
+                for _ in 0..8 {
+                    let mut s = [S::splat_i(0); K];
+                    let q = w.add(32);
+                    repeat!([0 1 2 3] Q => {
+                        if lane == 0 {
+                            S::prefetch(q.wrapping_add(64 * Q + AHEAD));
+                        }
+                        let v = S::load_b(q.add(64 * Q + 4 * lane));
+                        let mut low = S::bits(v, 0, 0, 15);
+                        let mut high = S::bits(v, 0, 4, 15);
+                        if HAS_HIGH {
+                            // Bit Q, then bit 4 + Q, of the plane becomes the fifth bit.
+                            let plane = S::load_b(q.add(256 + 4 * lane));
+                            low = S::or(low, S::bits(plane, 4 - Q as i32, 0, 16));
+                            high = S::or(high, S::bits(plane, 0, Q as i32, 16));
+                        }
+                        for k in 0..K {
+                            s[k] = S::dot(s[k], low, x.add(Q * K + k).read_unaligned());
+                        }
+                        for k in 0..K {
+                            s[k] = S::dot(s[k], high, x.add((4 + Q) * K + k).read_unaligned());
+                        }
+                    });
+                    let scale = S::mul(d, S::load_u8(w.add(lane)));
+                    let min = S::mul(dmin, S::load_u8(w.add(TILE + lane)));
+                    for k in 0..K {
+                        let scale = S::mul(scale, S::splat(f32_at(m, meta::SCALE * K + k)));
+                        acc[k] = S::fma(scale, S::to_f(s[k]), acc[k]);
+                        acc[k] = S::fma(min, S::splat(f32_at(m, meta::SUM * K + k)), acc[k]);
+                    }
+                    w = w.add(block);
+                    x = x.add(8 * K);
+                    m = m.add(meta::WORDS * K);
+                }
+            }
+            for k in 0..K {
+                S::store(t.out.add(k * TILE + lane), acc[k]);
+            }
+        }
+    }
+}
+
+/// Q6_K: a scale for each half of a block.
+///
+/// # Safety
+/// As for [`tile`].
+#[inline(always)]
+unsafe fn tile_6_k<S: Simd, const K: usize>(t: &Tile) {
+    // SAFETY: as in `tile_4`.
+    unsafe {
+        for lane in (0..TILE).step_by(S::LANES) {
+            let mut acc = [S::splat(0.0); K];
+            let (mut w, mut x, mut m) = (t.weights, t.x.cast::<i32>(), t.meta);
+            for _ in 0..t.n_in / 256 {
+                let d = S::load_f16(w.add(2 * lane).cast());
+                w = w.add(32);
+                for _ in 0..8 {
+                    // Nibbles hold quad Q and quad 4 + Q: the first half of the columns is all in the low ones.
+                    let q = w.add(32);
+                    let scale =
+                        [S::mul(d, S::load_i8(w.add(lane).cast())), S::mul(d, S::load_i8(w.add(TILE + lane).cast()))];
+                    repeat!([0 1] HALF => {
+                        let mut s = [S::splat_i(0); K];
+                        for k in 0..K {
+                            s[k] = S::splat_i(i32_at(m, (meta::ZERO_32 + HALF) * K + k));
+                        }
+                        let plane = S::load_b(q.add(256 + 64 * HALF + 4 * lane));
+                        repeat!([0 1 2 3] Q => {
+                            if lane == 0 && HALF == 0 {
+                                S::prefetch(q.wrapping_add(64 * Q + AHEAD));
+                                if Q < 2 {
+                                    S::prefetch(q.wrapping_add(256 + 64 * Q + AHEAD));
+                                }
+                            }
+                            let v = S::load_b(q.add(64 * Q + 4 * lane));
+                            let low = S::bits(v, 0, 4 * HALF as i32, 15);
+                            // Bits 2Q and 2Q + 1 become bits 4 and 5.
+                            let high = S::bits(plane, if Q < 2 { 4 - 2 * Q as i32 } else { 0 }, if Q > 2 { 2 } else { 0 }, 48);
+                            let v = S::or(low, high);
+                            for k in 0..K {
+                                s[k] = S::dot(s[k], v, x.add((4 * HALF + Q) * K + k).read_unaligned());
+                            }
+                        });
+                        for k in 0..K {
+                            let scale = S::mul(scale[HALF], S::splat(f32_at(m, meta::SCALE * K + k)));
+                            acc[k] = S::fma(scale, S::to_f(s[k]), acc[k]);
+                        }
+                    });
+                    w = w.add(416);
+                    x = x.add(8 * K);
+                    m = m.add(meta::WORDS * K);
+                }
+            }
+            for k in 0..K {
+                S::store(t.out.add(k * TILE + lane), acc[k]);
+            }
+        }
+    }
+}
+
+const F32: u8 = Packing::F32 as u8;
+const F16: u8 = Packing::F16 as u8;
+
+/// # Safety
+/// The CPU has `S`; a column of a tile lies behind `w`.
+#[inline(always)]
+unsafe fn column<S: Simd, const T: u8>(w: *const u8, lane: usize) -> S::F {
+    // SAFETY: the caller's.
+    unsafe {
+        match T {
+            F32 => S::load(w.add(4 * lane).cast()),
+            F16 => S::load_f16(w.add(2 * lane).cast()),
+            _ => S::load_bf16(w.add(2 * lane).cast()),
+        }
+    }
+}
+
+/// F32, F16 and BF16 with f32 activations. Four chains of sums, by column: one would wait for itself.
+///
+/// # Safety
+/// As for [`tile`].
+#[inline(always)]
+unsafe fn tile_f<S: Simd, const T: u8, const K: usize>(t: &Tile) {
+    let column_bytes = if T == F32 { 4 * TILE } else { 2 * TILE };
+    // SAFETY: as in `tile_4`.
+    unsafe {
+        for lane in (0..TILE).step_by(S::LANES) {
+            let mut acc = [[S::splat(0.0); K]; 4];
+            let (mut w, mut x) = (t.weights, t.x.cast::<f32>());
+            for _ in 0..t.n_in / 4 {
+                repeat!([0 1 2 3] C => {
+                    if lane == 0 && (T == F32 || C % 2 == 0) {
+                        S::prefetch(w.wrapping_add(C * column_bytes + AHEAD));
+                    }
+                    let v = column::<S, T>(w.add(C * column_bytes), lane);
+                    for k in 0..K {
+                        acc[C][k] = S::fma(v, S::splat(x.add(C * K + k).read_unaligned()), acc[C][k]);
+                    }
+                });
+                w = w.add(4 * column_bytes);
+                x = x.add(4 * K);
+            }
+            for _ in 0..t.n_in % 4 {
+                let v = column::<S, T>(w, lane);
+                for k in 0..K {
+                    acc[0][k] = S::fma(v, S::splat(x.add(k).read_unaligned()), acc[0][k]);
+                }
+                w = w.add(column_bytes);
+                x = x.add(K);
+            }
+            for k in 0..K {
+                let sum = S::add(S::add(acc[0][k], acc[1][k]), S::add(acc[2][k], acc[3][k]));
+                S::store(t.out.add(k * TILE + lane), sum);
+            }
+        }
+    }
+}
+
+/// # Safety
+/// The CPU has `S`; the pointers of `t` hold what its fields say, for a group of `K` rows.
+#[inline(always)]
+unsafe fn tile<S: Simd, const T: u8, const K: usize>(t: &Tile) {
+    // SAFETY: the caller's.
+    unsafe {
+        match T {
+            0 => tile_4::<S, K, false>(t),
+            1 => tile_4::<S, K, true>(t),
+            2 => tile_8::<S, K>(t),
+            3 => tile_4_k::<S, K, false>(t),
+            4 => tile_4_k::<S, K, true>(t),
+            5 => tile_6_k::<S, K>(t),
+            _ => tile_f::<S, T, K>(t),
+        }
+    }
+}
+
+/// # Safety
+/// The CPU has `S`; a group of `rows` rows of `x.len()` columns lies behind `quants` and `meta`.
+#[inline(always)]
+unsafe fn quantize<S: Simd>(x: &[f32], quants: *mut i8, meta: *mut u32, rows: usize, row: usize) {
+    // SAFETY: `row < rows`, and block `b` of the group has 32 * rows bytes and WORDS * rows words.
+    unsafe {
+        for (b, x) in x.chunks_exact(32).enumerate() {
+            let mut largest = S::splat(0.0);
+            for i in (0..32).step_by(S::LANES) {
+                let v = S::load(x.as_ptr().add(i));
+                largest = S::max(largest, S::max(v, S::mul(v, S::splat(-1.0))));
+            }
+            let largest = S::reduce_max(largest);
+            let scale = largest / 127.0;
+            // Not 1 / scale: for the smallest numbers that is infinite.
+            let inverse = if scale > 0.0 { 127.0 / largest } else { 0.0 };
+            let inverse = if inverse.is_finite() { inverse } else { 0.0 };
+            let mut q = [0i8; 32];
+            let mut sums = [S::splat_i(0); 2];
+            for i in (0..32).step_by(S::LANES) {
+                let v = S::to_i(S::mul(S::load(x.as_ptr().add(i)), S::splat(inverse)));
+                sums[i / 16] = S::add_i(sums[i / 16], v);
+                S::store_i8(q.as_mut_ptr().add(i), v);
+            }
+            let out = quants.add(b * 32 * rows + 4 * row);
+            for i in 0..8 {
+                out.add(4 * i * rows).cast::<[i8; 4]>().write_unaligned(*q.as_ptr().add(4 * i).cast::<[i8; 4]>());
+            }
+            let (first, second) = (S::reduce_add_i(sums[0]), S::reduce_add_i(sums[1]));
+            let sum = first + second;
+            let m = meta.add(b * meta::WORDS * rows + row);
+            let words = [
+                scale.to_bits(),
+                (-8 * sum) as u32,
+                (-128 * sum) as u32,
+                (scale * sum as f32).to_bits(),
+                (-32 * first) as u32,
+                (-32 * second) as u32,
+            ];
+            for (i, word) in words.into_iter().enumerate() {
+                *m.add(i * rows) = word;
+            }
+        }
+    }
+}
+
+/// # Safety
+/// The CPU has `S`.
+#[inline(always)]
+unsafe fn norm<S: Simd>(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
+    let n = x.len();
+    assert!(weight.len() == n && out.len() == n);
+    // SAFETY: whole vectors below n, then single elements.
+    unsafe {
+        let whole = n - n % S::LANES;
+        let mut sums = S::splat(0.0);
+        for i in (0..whole).step_by(S::LANES) {
+            let v = S::load(x.as_ptr().add(i));
+            sums = S::fma(v, v, sums);
+        }
+        let sum = S::reduce_add(sums) + x[whole..].iter().map(|x| x * x).sum::<f32>();
+        let scale = 1.0 / (sum / n as f32 + eps).sqrt();
+        for i in (0..whole).step_by(S::LANES) {
+            let v = S::mul(S::load(x.as_ptr().add(i)), S::splat(scale));
+            S::store(out.as_mut_ptr().add(i), S::mul(v, S::load(weight.as_ptr().add(i))));
+        }
+        for i in whole..n {
+            out[i] = x[i] * scale * weight[i];
+        }
+    }
+}
+
+/// # Safety
+/// The CPU has `S`; a vector lies behind each pointer.
+#[inline(always)]
+unsafe fn silu_vector<S: Simd>(gate: *mut f32, up: *const f32) {
+    // SAFETY: the caller's.
+    unsafe {
+        let x = S::load(gate);
+        // Below -87 e^-x would overflow; the quotient is 0 there all the same.
+        let e = S::exp(S::mul(S::max(x, S::splat(-87.0)), S::splat(-1.0)));
+        S::store(gate, S::mul(S::div(x, S::add(S::splat(1.0), e)), S::load(up)));
+    }
+}
+
+/// # Safety
+/// The CPU has `S`.
+#[inline(always)]
+unsafe fn silu<S: Simd>(gate: &mut [f32], up: &[f32]) {
+    let n = gate.len();
+    assert_eq!(up.len(), n);
+    // SAFETY: whole vectors below n; the rest goes through arrays of one vector.
+    unsafe {
+        let whole = n - n % S::LANES;
+        for i in (0..whole).step_by(S::LANES) {
+            silu_vector::<S>(gate.as_mut_ptr().add(i), up.as_ptr().add(i));
+        }
+        if whole < n {
+            let (mut g, mut u) = ([0.0f32; 16], [0.0f32; 16]);
+            g[..n - whole].copy_from_slice(&gate[whole..]);
+            u[..n - whole].copy_from_slice(&up[whole..]);
+            silu_vector::<S>(g.as_mut_ptr(), u.as_ptr());
+            gate[whole..].copy_from_slice(&g[..n - whole]);
+        }
+    }
+}
+
+/// The entry points of one instruction set: the same code inside functions that may use its instructions.
+macro_rules! instruction_set {
+    ($(#[$condition:meta])* $module:ident, $simd:ty, $variant:expr, [$($feature:literal)?], [$($k:literal)*], [$($kf:literal)*]) => {
+        $(#[$condition])*
+        mod $module {
+            use super::*;
+
+            // SAFETY of all: `Variant::kernels` hands the table out only where the features are; the rest is the caller's.
+            $(#[target_feature(enable = $feature)])?
+            unsafe fn tile_for<const T: u8, const K: usize>(t: &Tile) {
+                // SAFETY: see above.
+                unsafe { tile::<$simd, T, K>(t) }
+            }
+
+            fn int<const T: u8>(rows: usize) -> TileFn {
+                match rows {
+                    $($k => tile_for::<T, $k>,)*
+                    _ => panic!("no kernel for {rows} rows"),
+                }
+            }
+
+            fn float<const T: u8>(rows: usize) -> TileFn {
+                match rows {
+                    $($kf => tile_for::<T, $kf>,)*
+                    _ => panic!("no kernel for {rows} rows"),
+                }
+            }
+
+            fn select(packing: Packing, rows: usize) -> TileFn {
+                match packing {
+                    Packing::Q4_0 => int::<0>(rows),
+                    Packing::Q4_1 => int::<1>(rows),
+                    Packing::Q8_0 => int::<2>(rows),
+                    Packing::Q4_K => int::<3>(rows),
+                    Packing::Q5_K => int::<4>(rows),
+                    Packing::Q6_K => int::<5>(rows),
+                    Packing::F32 => float::<6>(rows),
+                    Packing::F16 => float::<7>(rows),
+                    Packing::BF16 => float::<8>(rows),
+                }
+            }
+
+            $(#[target_feature(enable = $feature)])?
+            unsafe fn quantize_row(x: &[f32], quants: *mut i8, meta: *mut u32, rows: usize, row: usize) {
+                // SAFETY: see above.
+                unsafe { quantize::<$simd>(x, quants, meta, rows, row) }
+            }
+
+            $(#[target_feature(enable = $feature)])?
+            unsafe fn norm_row(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
+                // SAFETY: see above.
+                unsafe { norm::<$simd>(x, weight, eps, out) }
+            }
+
+            $(#[target_feature(enable = $feature)])?
+            unsafe fn silu_row(gate: &mut [f32], up: &[f32]) {
+                // SAFETY: see above.
+                unsafe { silu::<$simd>(gate, up) }
+            }
+
+            $(#[target_feature(enable = $feature)])?
+            unsafe fn attend(a: &mut Attend) {
+                // SAFETY: see above.
+                unsafe { attention::attend::<$simd>(a) }
+            }
+
+            pub static KERNELS: Kernels = Kernels {
+                variant: $variant,
+                int_rows: <$simd>::INT_ROWS,
+                float_rows: <$simd>::FLOAT_ROWS,
+                tile: select,
+                quantize: quantize_row,
+                norm: norm_row,
+                silu: silu_row,
+                attend,
+            };
+        }
+    };
+}
+
+instruction_set!(plain, Plain, Variant::Plain, [], [1 2 3 4], [1 2]);
+instruction_set!(
+    #[cfg(target_arch = "x86_64")]
+    avx2,
+    super::super::simd::avx2::Avx2,
+    Variant::Avx2,
+    ["avx2,fma,f16c"],
+    [1 2 3 4],
+    [1 2 3]
+);
+instruction_set!(
+    #[cfg(target_arch = "x86_64")]
+    avx2_vnni,
+    super::super::simd::avx2::Avx2Vnni,
+    Variant::Avx2Vnni,
+    ["avx2,fma,f16c,avxvnni"],
+    [1 2 3 4],
+    [1 2 3]
+);
+instruction_set!(
+    #[cfg(target_arch = "x86_64")]
+    avx512,
+    super::super::simd::avx512::Avx512Vnni,
+    Variant::Avx512Vnni,
+    ["avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni"],
+    [1 2 3 4 5 6 7 8 12],
+    [1 2 3 4 5 6]
+);
+instruction_set!(
+    #[cfg(target_arch = "aarch64")]
+    neon,
+    super::super::simd::neon::NeonDot,
+    Variant::NeonDot,
+    ["neon,dotprod"],
+    [1 2 3 4 5 6 7 8],
+    [1 2 3 4 5 6]
+);

@@ -1,0 +1,372 @@
+//! Linear layers: weights as the kernels want them, activations as the weights want them.
+
+use std::sync::Arc;
+
+use memmap2::{Advice, MmapMut, MmapOptions};
+
+#[cfg(feature = "ggml")]
+use super::ggml::Dot;
+use super::kernels::{self, Kernels, Tile, group_of, groups, meta};
+use super::packed::{Packing, TILE, unpack_row};
+use super::shared::Shared;
+use crate::checkpoint::TensorView;
+use crate::error::{Error, Result};
+use crate::tensor::dequantize_row;
+
+/// ggml's kernels are an option of the build; without them no `Dot` exists.
+#[cfg(not(feature = "ggml"))]
+#[derive(Clone, Copy)]
+pub enum Dot {}
+
+#[cfg(not(feature = "ggml"))]
+impl Dot {
+    pub fn of(_: crate::tensor::DType) -> Option<Dot> {
+        None
+    }
+    pub fn activation_bytes(&self, _: usize) -> usize {
+        match *self {}
+    }
+    pub fn most_bytes(_: usize) -> usize {
+        0
+    }
+    pub fn slot(&self) -> usize {
+        match *self {}
+    }
+    pub fn convert(&self, _: &[f32], _: &mut [u8]) {
+        match *self {}
+    }
+    pub fn dot(&self, _: usize, _: &[u8], _: &[u8]) -> f32 {
+        match *self {}
+    }
+}
+
+/// Anonymous memory for all packed weights, on huge pages where the system has them: about a tenth more bandwidth.
+pub struct Arena {
+    map: Option<MmapMut>,
+    start: usize,
+    len: usize,
+}
+
+const HUGE_PAGE: usize = 2 << 20;
+
+impl Arena {
+    pub fn new(len: usize) -> Result<Arena> {
+        if len == 0 {
+            return Ok(Arena { map: None, start: 0, len });
+        }
+        let too_large = |_| Error::OutOfMemory { what: "the weights", bytes: len };
+        let map = MmapOptions::new().len(len.saturating_add(HUGE_PAGE)).map_anon().map_err(too_large)?;
+        // Advice: without it everything works, a little slower.
+        #[cfg(target_os = "linux")]
+        let _ = map.advise(Advice::HugePage);
+        let start = map.as_ptr().align_offset(HUGE_PAGE);
+        Ok(Arena { map: Some(map), start, len })
+    }
+
+    pub fn bytes_mut(&mut self) -> &mut [u8] {
+        let (start, len) = (self.start, self.len);
+        self.map.as_mut().map_or(&mut [], |m| &mut m[start..start + len])
+    }
+
+    fn bytes(&self) -> &[u8] {
+        self.map.as_ref().map_or(&[], |m| &m[self.start..self.start + self.len])
+    }
+
+    pub fn len(&self) -> usize {
+        self.len
+    }
+}
+
+enum Storage {
+    Packed {
+        packing: Packing,
+        arena: Arc<Arena>,
+        offset: usize,
+    },
+    Ggml {
+        dot: Dot,
+        rows: TensorView,
+    },
+    /// Converted to f32 tile by tile as it is used: right, and slow.
+    Converted {
+        rows: TensorView,
+    },
+}
+
+/// A weight matrix `[n_out, n_in]`.
+pub struct Matrix {
+    storage: Storage,
+    pub n_out: usize,
+    pub n_in: usize,
+}
+
+/// How a tensor is to be kept.
+pub enum Choice {
+    Pack(Packing),
+    Ggml(Dot),
+    Convert,
+}
+
+impl Choice {
+    pub fn of(tensor: &TensorView, prefer_ggml: bool) -> Choice {
+        let dot = Dot::of(tensor.dtype);
+        match (Packing::of(tensor.dtype), dot) {
+            (_, Some(dot)) if prefer_ggml => Choice::Ggml(dot),
+            (Some(packing), _) => Choice::Pack(packing),
+            (None, Some(dot)) => Choice::Ggml(dot),
+            (None, None) => Choice::Convert,
+        }
+    }
+}
+
+/// The forms of activations that some matrices take.
+#[derive(Clone, Copy, Default)]
+pub struct Needs {
+    int: bool,
+    float: bool,
+    /// By [`Dot::slot`].
+    ggml: [Option<Dot>; 3],
+}
+
+impl Needs {
+    pub fn of(matrices: &[&Matrix]) -> Needs {
+        let mut needs = Needs::default();
+        for m in matrices {
+            match &m.storage {
+                Storage::Packed { packing, .. } if !packing.is_float() => needs.int = true,
+                Storage::Packed { .. } | Storage::Converted { .. } => needs.float = true,
+                Storage::Ggml { dot, .. } => needs.ggml[dot.slot()] = Some(*dot),
+            }
+        }
+        needs
+    }
+}
+
+/// Rows of activations in the forms that weights take, grouped as the kernels take them.
+pub struct Activations {
+    quants: Shared<i8>,  // (group): (block, quad 8, row, 4)
+    meta: Shared<u32>,   // (group): (block, meta::WORDS, row)
+    floats: Shared<f32>, // (group): (column, row)
+    ggml: Shared<u8>,    // (slot 3, row, ggml_row_bytes)
+    ggml_row_bytes: usize,
+    capacity: usize,
+}
+
+impl Activations {
+    pub fn new(rows: usize, widest: usize, has_ggml: bool) -> Result<Activations> {
+        let what = "scratch";
+        let ggml_row_bytes = if has_ggml { Dot::most_bytes(widest) } else { 0 };
+        Ok(Activations {
+            quants: Shared::new(what, rows, widest)?,
+            meta: Shared::new(what, rows, widest.div_ceil(32) * meta::WORDS)?,
+            floats: Shared::new(what, rows, widest)?,
+            ggml: Shared::new(what, 3 * rows, ggml_row_bytes)?,
+            ggml_row_bytes,
+            capacity: rows,
+        })
+    }
+
+    pub fn bytes(&self) -> usize {
+        self.quants.bytes() + self.meta.bytes() + self.floats.bytes() + self.ggml.bytes()
+    }
+
+    /// Puts `x` in as row `row` of `n`.
+    ///
+    /// # Safety
+    /// Nobody reads this meanwhile or writes the same row.
+    pub unsafe fn set(&self, kernels: &Kernels, needs: &Needs, row: usize, n: usize, x: &[f32]) {
+        assert!(row < n && n <= self.capacity);
+        let width = x.len();
+        if needs.int {
+            let (first, rows) = group_of(row, n, kernels.int_rows);
+            let blocks = width / 32;
+            assert!((first + rows) * width <= self.quants.len() && width.is_multiple_of(32));
+            // SAFETY: the group's part of either buffer; within it only this row's elements are written.
+            unsafe {
+                let quants = self.quants.as_ptr().add(first * width);
+                let words = self.meta.as_ptr().add(first * blocks * meta::WORDS);
+                (kernels.quantize)(x, quants, words, rows, row - first);
+            }
+        }
+        if needs.float {
+            let (first, rows) = group_of(row, n, kernels.float_rows);
+            assert!((first + rows) * width <= self.floats.len());
+            for (column, x) in x.iter().enumerate() {
+                // SAFETY: in bounds as asserted; only this row's elements.
+                unsafe { *self.floats.as_ptr().add(first * width + column * rows + row - first) = *x };
+            }
+        }
+        for dot in needs.ggml.iter().flatten() {
+            let at = (dot.slot() * self.capacity + row) * self.ggml_row_bytes;
+            // SAFETY: this row's bytes.
+            dot.convert(x, unsafe { self.ggml.slice_mut(at, self.ggml_row_bytes) });
+        }
+    }
+}
+
+impl Matrix {
+    pub fn packed(packing: Packing, n_out: usize, n_in: usize, arena: Arc<Arena>, offset: usize) -> Matrix {
+        assert!(offset + packing.bytes(n_out, n_in) <= arena.len());
+        Matrix { storage: Storage::Packed { packing, arena, offset }, n_out, n_in }
+    }
+
+    pub fn ggml(dot: Dot, rows: TensorView) -> Matrix {
+        Matrix { n_out: rows.shape[0], n_in: rows.shape[1], storage: Storage::Ggml { dot, rows } }
+    }
+
+    pub fn converted(rows: TensorView) -> Matrix {
+        Matrix { n_out: rows.shape[0], n_in: rows.shape[1], storage: Storage::Converted { rows } }
+    }
+
+    pub fn uses_ggml(&self) -> bool {
+        matches!(self.storage, Storage::Ggml { .. })
+    }
+
+    /// Bytes that a pass reads.
+    pub fn bytes(&self) -> usize {
+        match &self.storage {
+            Storage::Packed { packing, .. } => packing.bytes(self.n_out, self.n_in),
+            Storage::Ggml { rows, .. } | Storage::Converted { rows } => rows.data.len(),
+        }
+    }
+
+    /// Floats of scratch that [`Matrix::tiles`] wants.
+    pub fn scratch(&self) -> usize {
+        match self.storage {
+            Storage::Converted { .. } => (TILE + 1) * self.n_in,
+            _ => 0,
+        }
+    }
+
+    pub fn n_tiles(&self) -> usize {
+        self.n_out.div_ceil(TILE)
+    }
+
+    /// Row `row` as f32.
+    pub fn row(&self, row: usize, out: &mut [f32]) {
+        match &self.storage {
+            Storage::Packed { packing, arena, offset } => {
+                let bytes = packing.tile_bytes(self.n_in);
+                let tile = &arena.bytes()[offset + row / TILE * bytes..][..bytes];
+                unpack_row(*packing, tile, row % TILE, out);
+            }
+            Storage::Ggml { rows, .. } | Storage::Converted { rows } => embedding_row(rows, row, out),
+        }
+    }
+
+    /// Computes tiles of outputs for `n` rows of activations; `each` is given the row, the first output and up to 16 outputs.
+    ///
+    /// # Safety
+    /// `x` was filled with all `n` rows for this matrix's needs, by the same kernels, and is not written meanwhile; the
+    /// kernels are this CPU's.
+    pub unsafe fn tiles(
+        &self,
+        kernels: &Kernels,
+        x: &Activations,
+        n: usize,
+        tiles: std::ops::Range<usize>,
+        scratch: &mut [f32],
+        mut each: impl FnMut(usize, usize, &mut [f32]),
+    ) {
+        let n_in = self.n_in;
+        let mut out = [0.0f32; 12 * TILE];
+        match &self.storage {
+            Storage::Packed { packing, arena, offset } => {
+                let tile_bytes = packing.tile_bytes(n_in);
+                let bytes = arena.bytes()[*offset..].as_ptr();
+                for tile in tiles {
+                    // SAFETY: the constructor checked that all tiles lie in the arena; the caller's for the rest.
+                    unsafe {
+                        let weights = bytes.add(tile * tile_bytes);
+                        run_tile(kernels, *packing, weights, n_in, x, n, &mut out, |row, out| {
+                            let first = tile * TILE;
+                            each(row, first, &mut out[..(self.n_out - first).min(TILE)]);
+                        });
+                    }
+                }
+            }
+            Storage::Ggml { dot, rows } => {
+                let row_bytes = rows.data.len() / self.n_out;
+                let used = dot.activation_bytes(n_in);
+                for tile in tiles {
+                    let outputs = tile * TILE..((tile + 1) * TILE).min(self.n_out);
+                    // Few rows at a time, so that a weight row is still in the cache for the next one.
+                    for first_row in (0..n).step_by(12) {
+                        let group = first_row..(first_row + 12).min(n);
+                        for (o, output) in outputs.clone().enumerate() {
+                            let weights = &rows.data[output * row_bytes..][..row_bytes];
+                            for row in group.clone() {
+                                let at = (dot.slot() * x.capacity + row) * x.ggml_row_bytes;
+                                // SAFETY: not written meanwhile: the caller's.
+                                let activations = unsafe { x.ggml.slice(at, used) };
+                                out[(row - first_row) * TILE + o] = dot.dot(n_in, weights, activations);
+                            }
+                        }
+                        for row in group {
+                            each(row, outputs.start, &mut out[(row - first_row) * TILE..][..outputs.len()]);
+                        }
+                    }
+                }
+            }
+            Storage::Converted { rows } => {
+                let row_bytes = rows.data.len() / self.n_out;
+                let (columns, row_values) = scratch[..(TILE + 1) * n_in].split_at_mut(TILE * n_in);
+                for tile in tiles {
+                    let outputs = tile * TILE..((tile + 1) * TILE).min(self.n_out);
+                    for (r, output) in outputs.clone().enumerate() {
+                        dequantize_row(rows.dtype, &rows.data[output * row_bytes..][..row_bytes], row_values);
+                        for (column, value) in row_values.iter().enumerate() {
+                            columns[column * TILE + r] = *value;
+                        }
+                    }
+                    // SAFETY: an F32 tile of n_in columns; the caller's for the rest.
+                    unsafe {
+                        run_tile(kernels, Packing::F32, columns.as_ptr().cast(), n_in, x, n, &mut out, |row, out| {
+                            each(row, outputs.start, &mut out[..outputs.len()]);
+                        });
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// One tile times all groups of activations.
+///
+/// # Safety
+/// A tile of this packing lies at `weights`; the rest as for [`Matrix::tiles`].
+#[allow(clippy::too_many_arguments)]
+unsafe fn run_tile(
+    kernels: &Kernels,
+    packing: Packing,
+    weights: *const u8,
+    n_in: usize,
+    x: &Activations,
+    n: usize,
+    out: &mut [f32; 12 * TILE],
+    mut each: impl FnMut(usize, &mut [f32]),
+) {
+    let largest = if packing.is_float() { kernels.float_rows } else { kernels.int_rows };
+    for (first, rows) in groups(n, largest) {
+        // SAFETY: the group's activations were written by `Activations::set` at these same offsets.
+        unsafe {
+            let (quants, meta) = if packing.is_float() {
+                (x.floats.as_ptr().add(first * n_in).cast::<u8>(), std::ptr::null())
+            } else {
+                let meta = x.meta.as_ptr().add(first * (n_in / 32) * meta::WORDS);
+                (x.quants.as_ptr().add(first * n_in).cast::<u8>(), meta.cast_const())
+            };
+            let kernel: kernels::TileFn = (kernels.tile)(packing, rows);
+            kernel(&Tile { weights, n_in, x: quants, meta, out: out.as_mut_ptr() });
+        }
+        for row in 0..rows {
+            each(first + row, &mut out[row * TILE..][..TILE]);
+        }
+    }
+}
+
+/// Row `row` of a stored table as f32.
+pub fn embedding_row(table: &TensorView, row: usize, out: &mut [f32]) {
+    let row_bytes = table.data.len() / table.shape[0];
+    dequantize_row(table.dtype, &table.data[row * row_bytes..][..row_bytes], out);
+}

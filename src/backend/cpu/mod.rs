@@ -1,0 +1,237 @@
+//! The CPU backend: packed weights, kernels chosen at run time, threads that carry out a step together.
+
+mod attention;
+mod context;
+#[cfg(feature = "ggml")]
+mod ggml;
+mod kernels;
+mod matrix;
+mod packed;
+mod pool;
+mod shared;
+mod simd;
+mod store;
+
+use std::sync::Arc;
+
+use self::context::CpuContext;
+use self::kernels::Kernels;
+use self::matrix::{Arena, Choice, Matrix, Needs};
+use self::packed::{Packing, TILE, pack_tile};
+use super::{Backend, Context, ContextOptions};
+use crate::checkpoint::TensorView;
+use crate::error::Result;
+use crate::model::{Hyper, Linear, Weights};
+
+/// A linear layer, prepared.
+struct Projection {
+    matrix: Matrix,
+    bias: Option<Vec<f32>>,
+}
+
+struct CpuLayer {
+    attention_norm: Vec<f32>,
+    ffn_norm: Vec<f32>,
+    q_norm: Vec<f32>,
+    k_norm: Vec<f32>,
+    q: Projection,
+    k: Projection,
+    v: Projection,
+    o: Projection,
+    gate: Projection,
+    up: Projection,
+    down: Projection,
+    qkv_needs: Needs,
+    o_needs: Needs,
+    gate_up_needs: Needs,
+    down_needs: Needs,
+}
+
+enum Embedding {
+    /// Looked up in the file.
+    Stored(TensorView),
+    /// The LM head's matrix is the table too.
+    Head,
+}
+
+pub struct Cpu {
+    hyper: Arc<Hyper>,
+    kernels: &'static Kernels,
+    embeddings: Vec<Embedding>,
+    layers: Vec<CpuLayer>,
+    norm: Vec<f32>,
+    head: Matrix,
+    head_needs: Needs,
+    has_ggml: bool,
+    /// Floats that the widest converted matrix wants of each thread.
+    convert_scratch: usize,
+    weight_bytes: usize,
+}
+
+/// Where the next matrix begins: a cache line.
+const ALIGNMENT: usize = 64;
+
+impl Cpu {
+    /// Packs the weights, on all CPUs.
+    pub fn new(hyper: Arc<Hyper>, weights: Weights, progress: &mut dyn FnMut(f32) -> Result<()>) -> Result<Cpu> {
+        let kernels = kernels::choose()?;
+        let prefer_ggml = kernels::prefers_ggml();
+        let mut tensors: Vec<TensorView> = Vec::new();
+        for l in &weights.layers {
+            tensors.extend([&l.q, &l.k, &l.v, &l.o, &l.gate, &l.up, &l.down].map(|l| l.weight.clone()));
+        }
+        tensors.push(weights.head.clone());
+        let arena = Arc::new(pack(&tensors, prefer_ggml, progress)?);
+        let mut offset = 0;
+        let mut matrix = |tensor: TensorView| {
+            let (n_out, n_in) = (tensor.shape[0], tensor.shape[1]);
+            match Choice::of(&tensor, prefer_ggml) {
+                Choice::Pack(packing) => {
+                    let at = offset;
+                    offset += packing.bytes(n_out, n_in).next_multiple_of(ALIGNMENT);
+                    Matrix::packed(packing, n_out, n_in, arena.clone(), at)
+                }
+                Choice::Ggml(dot) => Matrix::ggml(dot, tensor),
+                Choice::Convert => Matrix::converted(tensor),
+            }
+        };
+        let mut projection = |l: Linear| Projection { matrix: matrix(l.weight), bias: l.bias };
+        let mut layers = Vec::with_capacity(weights.layers.len());
+        for l in weights.layers {
+            let [q, k, v, o, gate, up, down] = [l.q, l.k, l.v, l.o, l.gate, l.up, l.down].map(&mut projection);
+            layers.push(CpuLayer {
+                attention_norm: l.attention_norm,
+                ffn_norm: l.ffn_norm,
+                q_norm: l.q_norm,
+                k_norm: l.k_norm,
+                qkv_needs: Needs::of(&[&q.matrix, &k.matrix, &v.matrix]),
+                o_needs: Needs::of(&[&o.matrix]),
+                gate_up_needs: Needs::of(&[&gate.matrix, &up.matrix]),
+                down_needs: Needs::of(&[&down.matrix]),
+                q,
+                k,
+                v,
+                o,
+                gate,
+                up,
+                down,
+            });
+        }
+        let head_name = weights.head.name.clone();
+        let head = matrix(weights.head);
+        // A tied table is looked up where it was packed, so that the file's copy of it need not stay in memory.
+        let embeddings: Vec<Embedding> = weights
+            .embeddings
+            .into_iter()
+            .map(|t| if t.name == head_name { Embedding::Head } else { Embedding::Stored(t) })
+            .collect();
+
+        let mut cpu = Cpu {
+            has_ggml: false,
+            convert_scratch: 0,
+            weight_bytes: 0,
+            head_needs: Needs::of(&[&head]),
+            hyper,
+            kernels,
+            embeddings,
+            layers,
+            norm: weights.norm,
+            head,
+        };
+        cpu.measure();
+        Ok(cpu)
+    }
+
+    /// Sums up what the matrices are and want.
+    fn measure(&mut self) {
+        let mut floats = self.norm.len();
+        let (mut bytes, mut scratch, mut has_ggml) = (0, 0, false);
+        let mut count = |m: &Matrix| {
+            bytes += m.bytes();
+            scratch = m.scratch().max(scratch);
+            has_ggml |= m.uses_ggml();
+        };
+        count(&self.head);
+        for l in &self.layers {
+            floats += l.attention_norm.len() + l.ffn_norm.len() + l.q_norm.len() + l.k_norm.len();
+            for p in [&l.q, &l.k, &l.v, &l.o, &l.gate, &l.up, &l.down] {
+                count(&p.matrix);
+                floats += p.bias.as_ref().map_or(0, Vec::len);
+            }
+        }
+        for e in &self.embeddings {
+            if let Embedding::Stored(table) = e {
+                bytes += table.data.len();
+            }
+        }
+        self.weight_bytes = bytes + 4 * floats;
+        self.convert_scratch = scratch;
+        self.has_ggml = has_ggml;
+    }
+}
+
+/// Packs all that can be into one arena, in order, and gives the file's pages back.
+fn pack(tensors: &[TensorView], prefer_ggml: bool, progress: &mut dyn FnMut(f32) -> Result<()>) -> Result<Arena> {
+    let jobs: Vec<(&TensorView, Packing)> = tensors
+        .iter()
+        .filter_map(|t| match Choice::of(t, prefer_ggml) {
+            Choice::Pack(packing) => Some((t, packing)),
+            _ => None,
+        })
+        .collect();
+    let bytes = |t: &TensorView, p: Packing| p.bytes(t.shape[0], t.shape[1]).next_multiple_of(ALIGNMENT);
+    let total = jobs.iter().map(|&(t, p)| bytes(t, p)).sum();
+    let mut arena = Arena::new(total)?;
+    let n_threads = std::thread::available_parallelism().map_or(1, |n| n.get());
+    let mut rest = arena.bytes_mut();
+    let mut done = 0;
+    for (tensor, packing) in jobs {
+        progress(done as f32 / total as f32)?;
+        let here;
+        (here, rest) = rest.split_at_mut(bytes(tensor, packing));
+        pack_matrix(tensor, packing, here, n_threads);
+        tensor.data.give_back();
+        done += bytes(tensor, packing);
+    }
+    Ok(arena)
+}
+
+fn pack_matrix(tensor: &TensorView, packing: Packing, out: &mut [u8], n_threads: usize) {
+    let (n_out, n_in) = (tensor.shape[0], tensor.shape[1]);
+    let row_bytes = tensor.data.len() / n_out;
+    let tile_bytes = packing.tile_bytes(n_in);
+    let n_tiles = n_out.div_ceil(TILE);
+    let per_thread = n_tiles.div_ceil(n_threads).max(1);
+    let packed = &mut out[..n_tiles * tile_bytes];
+    let source = tensor.data.chunks(per_thread * TILE * row_bytes);
+    std::thread::scope(|scope| {
+        for (out, source) in packed.chunks_mut(per_thread * tile_bytes).zip(source) {
+            let mut work = move || {
+                for (tile, rows) in out.chunks_exact_mut(tile_bytes).zip(source.chunks(TILE * row_bytes)) {
+                    pack_tile(packing, n_in, rows, tile);
+                }
+            };
+            // Small matrices are packed sooner than a thread is started.
+            if tensor.data.len() < 1 << 18 {
+                work();
+            } else {
+                scope.spawn(work);
+            }
+        }
+    });
+}
+
+impl Backend for Cpu {
+    fn name(&self) -> String {
+        let ggml = if self.has_ggml { " and ggml" } else { "" };
+        format!("cpu ({}{ggml})", self.kernels.variant)
+    }
+
+    fn weight_bytes(&self) -> usize {
+        self.weight_bytes
+    }
+
+    fn context(self: Arc<Self>, options: &ContextOptions) -> Result<Box<dyn Context>> {
+        Ok(Box::new(CpuContext::new(self, options)?))
+    }
+}

@@ -1,0 +1,93 @@
+//! Vectors of one instruction set, as far as the kernels need them. Kernels are written once, over this trait; each
+//! instruction set is one small implementation of it.
+//!
+//! Every function is `unsafe` for one reason: the caller must run on a CPU that has the implementation's instructions
+//! (the entry points in `kernels` carry the `target_feature`s, and dispatch checks them), and pointers must be valid for the
+//! lanes that are read or written. No alignment is asked for.
+
+#[cfg(target_arch = "x86_64")]
+pub mod avx2;
+#[cfg(target_arch = "x86_64")]
+pub mod avx512;
+#[cfg(target_arch = "aarch64")]
+pub mod neon;
+pub mod plain;
+
+pub trait Simd: Copy {
+    /// 32-bit elements of a vector; divides 16, the rows of a weight tile.
+    const LANES: usize;
+    /// Activation rows that one integer kernel can hold in registers, and one float kernel.
+    const INT_ROWS: usize;
+    const FLOAT_ROWS: usize;
+    /// Query rows of the attention's matrix product, whose other side is four vectors wide.
+    const QUERY_ROWS: usize;
+
+    /// f32 x LANES
+    type F: Copy;
+    /// i32 x LANES
+    type I: Copy;
+    /// u8 x 4 LANES
+    type B: Copy;
+
+    unsafe fn splat(x: f32) -> Self::F;
+    unsafe fn load(p: *const f32) -> Self::F;
+    unsafe fn store(p: *mut f32, x: Self::F);
+    unsafe fn add(a: Self::F, b: Self::F) -> Self::F;
+    unsafe fn mul(a: Self::F, b: Self::F) -> Self::F;
+    unsafe fn div(a: Self::F, b: Self::F) -> Self::F;
+    /// `a b + c`
+    unsafe fn fma(a: Self::F, b: Self::F, c: Self::F) -> Self::F;
+    unsafe fn max(a: Self::F, b: Self::F) -> Self::F;
+    unsafe fn load_f16(p: *const u16) -> Self::F;
+    unsafe fn load_bf16(p: *const u16) -> Self::F;
+    unsafe fn load_u8(p: *const u8) -> Self::F;
+    unsafe fn load_i8(p: *const i8) -> Self::F;
+    unsafe fn reduce_add(x: Self::F) -> f32;
+    unsafe fn reduce_max(x: Self::F) -> f32;
+    /// Nearest integer.
+    unsafe fn round(x: Self::F) -> Self::F;
+    /// `x 2^n` for whole n such that the result is normal.
+    unsafe fn scale2(x: Self::F, n: Self::F) -> Self::F;
+    /// `y` where `x >= limit`, else 0.
+    unsafe fn zero_below(x: Self::F, limit: f32, y: Self::F) -> Self::F;
+
+    unsafe fn splat_i(x: i32) -> Self::I;
+    unsafe fn to_f(x: Self::I) -> Self::F;
+    /// Nearest integer.
+    unsafe fn to_i(x: Self::F) -> Self::I;
+    unsafe fn add_i(a: Self::I, b: Self::I) -> Self::I;
+    unsafe fn reduce_add_i(x: Self::I) -> i32;
+    /// Stores elements of -128..=127 as bytes.
+    unsafe fn store_i8(p: *mut i8, x: Self::I);
+
+    unsafe fn load_b(p: *const u8) -> Self::B;
+    /// `(byte << left >> right) & mask`, where mask has no bit that came from a neighbouring byte.
+    unsafe fn bits(x: Self::B, left: i32, right: i32, mask: u8) -> Self::B;
+    unsafe fn or(a: Self::B, b: Self::B) -> Self::B;
+    /// Adds to each element the product of its four bytes of `w`, unsigned and below 128, with the four signed bytes of `x`.
+    unsafe fn dot(sum: Self::I, w: Self::B, x: i32) -> Self::I;
+    /// What a sum over [`Simd::dot_biased`] begins with; `zero` is -128 times the sum of all x.
+    unsafe fn biased_start(zero: i32) -> Self::I;
+    /// The same for signed weights that are stored with 128 added.
+    unsafe fn dot_biased(sum: Self::I, w: Self::B, x: i32) -> Self::I;
+
+    unsafe fn prefetch(p: *const u8);
+
+    /// `e^x`, relative error below 2e-7; 0 below -87.
+    #[inline(always)]
+    unsafe fn exp(x: Self::F) -> Self::F {
+        // Cody and Waite's reduction to |r| <= ln 2 / 2, then the Taylor polynomial, whose first term left out is r^7 / 7!.
+        // SAFETY: as for every function of this trait.
+        unsafe {
+            let clamped = Self::max(x, Self::splat(-87.0));
+            let n = Self::round(Self::mul(clamped, Self::splat(std::f32::consts::LOG2_E)));
+            let r = Self::fma(n, Self::splat(-0.693_359_4), clamped);
+            let r = Self::fma(n, Self::splat(2.121_944_4e-4), r);
+            let mut y = Self::splat(1.0 / 720.0);
+            for c in [1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0] {
+                y = Self::fma(y, r, Self::splat(c));
+            }
+            Self::zero_below(x, -87.0, Self::scale2(y, n))
+        }
+    }
+}
