@@ -32,8 +32,29 @@ fn check(session: &Session, seq: i64, g: &Golden, position: usize, cache_type: C
     assert!(found <= bound(cache_type), "{} {cache_type:?} {what}: position {position} differs by {found:e}", g.name);
 }
 
-/// The two backends that CPUs have. `PHD_CPU_VARIANT` forces the kernels of the second.
-const BACKENDS: [BackendKind; 2] = [BackendKind::Reference, BackendKind::Cpu];
+/// Both backends; under [`every_variant`] only the one whose kernels are forced.
+fn backends() -> &'static [BackendKind] {
+    let is_forced = std::env::var_os("PHD_CPU_VARIANT").is_some();
+    if is_forced { &[BackendKind::Cpu] } else { &[BackendKind::Reference, BackendKind::Cpu] }
+}
+
+/// The whole suite again with each variant of the kernels that this CPU has, and with all fast ones off.
+#[test]
+fn every_variant() {
+    if std::env::var_os("PHD_CPU_VARIANT").is_some() {
+        return; // this is such a run
+    }
+    let variants = phd::backend::cpu::variants();
+    assert!(variants.contains(&"plain"));
+    for variant in variants {
+        let run = std::process::Command::new(std::env::current_exe().unwrap())
+            .env("PHD_CPU_VARIANT", variant)
+            .output()
+            .unwrap();
+        let text = String::from_utf8_lossy(&run.stdout);
+        assert!(run.status.success() && text.contains("9 passed"), "{variant}: {text}");
+    }
+}
 
 fn each(test: impl Fn(&Golden, Arc<Model>, CacheType)) {
     each_model(|g, model| {
@@ -45,7 +66,7 @@ fn each(test: impl Fn(&Golden, Arc<Model>, CacheType)) {
 
 fn each_model(test: impl Fn(&Golden, Arc<Model>)) {
     for g in golden() {
-        for backend in BACKENDS {
+        for &backend in backends() {
             test(&g, load(&g.path, backend));
         }
     }

@@ -1,6 +1,6 @@
 //! The seam: a model prepared for a device, and a context that carries out one scheduled pass after another.
 
-mod cpu;
+pub mod cpu;
 mod reference;
 
 use std::sync::Arc;

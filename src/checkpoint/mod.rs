@@ -102,6 +102,14 @@ pub struct TensorView {
 }
 
 impl TensorView {
+    /// A tensor of bytes at hand.
+    #[cfg(test)]
+    pub fn of_bytes(name: &str, dtype: DType, shape: Vec<usize>, bytes: Vec<u8>) -> TensorView {
+        let range = 0..bytes.len();
+        let mapping = Arc::new(Mapping { path: PathBuf::from(name), content: Content::Read(bytes) });
+        TensorView::new(&mapping, name, dtype, shape, range).unwrap()
+    }
+
     /// A view of `range` in `mapping`, if shape and type make exactly as many bytes, in whole blocks.
     fn new(
         mapping: &Arc<Mapping>,

@@ -11,6 +11,8 @@ mod pool;
 mod shared;
 mod simd;
 mod store;
+#[cfg(test)]
+mod tests;
 
 use std::sync::Arc;
 
@@ -52,6 +54,12 @@ enum Embedding {
     Stored(TensorView),
     /// The LM head's matrix is the table too.
     Head,
+}
+
+/// Names that `PHD_CPU_VARIANT` takes on this machine, the one chosen by default first.
+pub fn variants() -> Vec<&'static str> {
+    let own = kernels::Variant::ALL.into_iter().filter(|v| v.kernels().is_some()).map(|v| v.name());
+    own.chain(cfg!(feature = "ggml").then_some("ggml")).collect()
 }
 
 pub struct Cpu {

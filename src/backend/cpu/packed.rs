@@ -251,37 +251,3 @@ pub fn unpack_row(packing: Packing, tile: &[u8], r: usize, out: &mut [f32]) {
         }
     }
 }
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// Packing moves bits about and loses none, whatever the bytes say.
-    #[test]
-    fn packed_rows_are_the_stored_rows() {
-        for packing in Packing::ALL {
-            let dtype = packing.dtype();
-            for (n_out, n_blocks) in [(1, 1), (5, 3), (16, 2)] {
-                let n_in = n_blocks * dtype.block_len();
-                let row_bytes = dtype.row_bytes(n_in).unwrap();
-                let mut state = 1u32;
-                let mut noise = || {
-                    state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-                    // No byte of an exponent with all bits set: a NaN equals nothing.
-                    (state >> 24) as u8 & if packing.is_float() { 0x3f } else { 0x7b }
-                };
-                let rows: Vec<u8> = (0..n_out * row_bytes).map(|_| noise()).collect();
-                let mut tile = vec![0xff; packing.tile_bytes(n_in)];
-                pack_tile(packing, n_in, &rows, &mut tile);
-                for (r, row) in rows.chunks(row_bytes).enumerate() {
-                    let (mut expected, mut found) = (vec![0.0; n_in], vec![0.0; n_in]);
-                    dequantize_row(dtype, row, &mut expected);
-                    unpack_row(packing, &tile, r, &mut found);
-                    for (i, (e, f)) in expected.iter().zip(&found).enumerate() {
-                        assert!((e - f).abs() <= 1e-6 * e.abs(), "{packing:?} row {r} column {i}: {f}, expected {e}");
-                    }
-                }
-            }
-        }
-    }
-}

@@ -73,7 +73,7 @@ pub trait Simd: Copy {
 
     unsafe fn prefetch(p: *const u8);
 
-    /// `e^x`, relative error below 2e-7; 0 below -87.
+    /// `e^x`, relative error below 4e-7; 0 below -87.
     #[inline(always)]
     unsafe fn exp(x: Self::F) -> Self::F {
         // Cody and Waite's reduction to |r| <= ln 2 / 2, then the Taylor polynomial, whose first term left out is r^7 / 7!.

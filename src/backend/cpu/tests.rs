@@ -1,0 +1,516 @@
+//! Every kernel of every instruction set that this CPU has, on odd shapes, against plain sums in f64.
+
+use std::sync::Arc;
+
+use super::attention::{self, Attend, Source, padded};
+use super::kernels::{Kernels, Variant, groups};
+use super::matrix::{Activations, Arena, Choice, Matrix, Needs};
+use super::pack_matrix;
+use super::packed::{Packing, TILE};
+use super::simd::Simd;
+use super::simd::plain::Plain;
+use super::store::{Granules, Rows};
+use crate::backend::CacheType;
+use crate::checkpoint::TensorView;
+use crate::tensor::{DType, dequantize_row};
+
+fn all_kernels() -> Vec<&'static Kernels> {
+    let all: Vec<_> = Variant::ALL.into_iter().filter_map(Variant::kernels).collect();
+    assert_eq!(all.last().map(|k| k.variant), Some(Variant::Plain));
+    all
+}
+
+struct Noise(u32);
+
+impl Noise {
+    fn bits(&mut self) -> u32 {
+        self.0 = self.0.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        self.0 >> 8
+    }
+
+    /// -1 to 1.
+    fn float(&mut self) -> f32 {
+        self.bits() as f32 / (1 << 23) as f32 - 1.0
+    }
+}
+
+/// Bytes of any quants and scales, without infinities and NaN.
+fn weights(dtype: DType, n_out: usize, n_in: usize, noise: &mut Noise) -> TensorView {
+    let n = n_out * dtype.row_bytes(n_in).unwrap();
+    let bytes = match dtype {
+        DType::F32 => (0..n / 4).flat_map(|_| noise.float().to_le_bytes()).collect(),
+        DType::F16 => (0..n / 2).flat_map(|_| half::f16::from_f32(noise.float()).to_le_bytes()).collect(),
+        DType::BF16 => (0..n / 2).flat_map(|_| half::bf16::from_f32(noise.float()).to_le_bytes()).collect(),
+        _ => {
+            let mut bytes: Vec<u8> = (0..n).map(|_| noise.bits() as u8).collect();
+            // Any bits are quants; scales must be finite.
+            let scales: &[usize] = match dtype {
+                DType::Q4_1 | DType::Q5_1 | DType::Q4_K | DType::Q5_K => &[0, 2],
+                DType::Q2_K => &[80, 82],
+                DType::Q3_K => &[108],
+                DType::Q6_K => &[208],
+                _ => &[0],
+            };
+            for block in bytes.chunks_mut(dtype.block_bytes()) {
+                for &at in scales {
+                    block[at..at + 2].copy_from_slice(&half::f16::from_f32(noise.float()).to_le_bytes());
+                }
+            }
+            bytes
+        }
+    };
+    TensorView::of_bytes("weights", dtype, vec![n_out, n_in], bytes)
+}
+
+fn prepare(tensor: &TensorView, prefer_ggml: bool) -> Matrix {
+    let (n_out, n_in) = (tensor.shape[0], tensor.shape[1]);
+    match Choice::of(tensor, prefer_ggml) {
+        Choice::Pack(packing) => {
+            let mut arena = Arena::new(packing.bytes(n_out, n_in)).unwrap();
+            pack_matrix(tensor, packing, arena.bytes_mut(), 2);
+            Matrix::packed(packing, n_out, n_in, Arc::new(arena), 0)
+        }
+        Choice::Ggml(dot) => Matrix::ggml(dot, tensor.clone()),
+        Choice::Convert => Matrix::converted(tensor.clone()),
+    }
+}
+
+fn multiply(kernels: &Kernels, matrix: &Matrix, x: &[Vec<f32>]) -> Vec<Vec<f32>> {
+    let n = x.len();
+    let activations = Activations::new(n, matrix.n_in, matrix.uses_ggml()).unwrap();
+    let needs = Needs::of(&[matrix]);
+    let mut out = vec![vec![f32::NAN; matrix.n_out]; n];
+    // SAFETY: these kernels are this CPU's; one thread.
+    unsafe {
+        for (row, x) in x.iter().enumerate() {
+            activations.set(kernels, &needs, row, n, x);
+        }
+        let mut scratch = vec![0.0; matrix.scratch()];
+        matrix.tiles(kernels, &activations, n, 0..matrix.n_tiles(), &mut scratch, |row, first, y| {
+            out[row][first..first + y.len()].copy_from_slice(y);
+        });
+    }
+    out
+}
+
+/// The int8 activations that integer kernels are specified to use: blocks of 32, scale = largest / 127.
+fn quantized(x: &[f32]) -> Vec<f64> {
+    x.chunks(32)
+        .flat_map(|x| {
+            let largest = x.iter().fold(0.0f32, |a, x| a.max(x.abs()));
+            let (scale, inverse) = (largest / 127.0, if largest > 0.0 { 127.0 / largest } else { 0.0 });
+            x.iter().map(move |x| f64::from((x * inverse).round_ties_even()) * f64::from(scale)).collect::<Vec<_>>()
+        })
+        .collect()
+}
+
+const ROWS: [usize; 8] = [1, 2, 3, 4, 5, 8, 13, 25];
+
+fn shapes(dtype: DType) -> Vec<(usize, usize)> {
+    let block = dtype.block_len();
+    if block == 1 {
+        vec![(1, 1), (16, 4), (17, 7), (5, 33), (40, 130)]
+    } else {
+        vec![(1, block), (16, 2 * block), (17, 3 * block), (40, 5 * block)]
+    }
+}
+
+fn inputs(n: usize, n_in: usize, noise: &mut Noise) -> Vec<Vec<f32>> {
+    (0..n)
+        .map(|row| {
+            // Rows of different size, one of zeros, one with an outlier.
+            let size = [1.0, 0.0, 100.0, 1e-3][row % 4];
+            let mut x: Vec<f32> = (0..n_in).map(|_| noise.float() * size).collect();
+            if row % 5 == 4 {
+                x[n_in / 2] = 50.0;
+            }
+            x
+        })
+        .collect()
+}
+
+/// Packing moves bits about and loses none.
+#[test]
+fn packed_rows_are_the_stored_rows() {
+    let mut noise = Noise(6);
+    for packing in Packing::ALL {
+        let dtype = packing.dtype();
+        for (n_out, n_in) in shapes(dtype) {
+            let tensor = weights(dtype, n_out, n_in, &mut noise);
+            let matrix = prepare(&tensor, false);
+            for (r, row) in tensor.data.chunks(tensor.data.len() / n_out).enumerate() {
+                let (mut expected, mut found) = (vec![0.0; n_in], vec![f32::NAN; n_in]);
+                dequantize_row(dtype, row, &mut expected);
+                matrix.row(r, &mut found);
+                for (i, (e, f)) in expected.iter().zip(&found).enumerate() {
+                    assert!((e - f).abs() <= 1e-5 * e.abs(), "{packing:?} row {r} column {i}: {f}, expected {e}");
+                }
+            }
+        }
+    }
+}
+
+/// Own kernels: 2e-6 of the sum of absolute products, given the activations as quantized; nothing but the order of f32 sums.
+#[test]
+fn own_kernels_are_exact_but_for_rounding() {
+    let mut noise = Noise(1);
+    for packing in Packing::ALL {
+        let dtype = packing.dtype();
+        for (n_out, n_in) in shapes(dtype) {
+            let tensor = weights(dtype, n_out, n_in, &mut noise);
+            let matrix = prepare(&tensor, false);
+            let mut w = vec![vec![0.0; n_in]; n_out];
+            let row_bytes = tensor.data.len() / n_out;
+            w.iter_mut().zip(tensor.data.chunks(row_bytes)).for_each(|(w, b)| dequantize_row(dtype, b, w));
+            for rows in ROWS {
+                let x = inputs(rows, n_in, &mut noise);
+                let exact: Vec<Vec<f64>> = x
+                    .iter()
+                    .map(|x| if packing.is_float() { x.iter().map(|&x| f64::from(x)).collect() } else { quantized(x) })
+                    .collect();
+                for kernels in all_kernels() {
+                    let found = multiply(kernels, &matrix, &x);
+                    for row in 0..rows {
+                        for o in 0..n_out {
+                            let products = w[o].iter().zip(&exact[row]).map(|(&w, x)| f64::from(w) * x);
+                            let (mut sum, mut size) = (0.0, 0.0);
+                            products.for_each(|p| (sum, size) = (sum + p, size + p.abs()));
+                            // Minima of K-quants and Q4_1 are summed apart from the products they offset.
+                            let offset = if packing.is_float() {
+                                0.0
+                            } else {
+                                60.0 * exact[row].iter().map(|x| x.abs()).sum::<f64>()
+                            };
+                            let error = (f64::from(found[row][o]) - sum).abs();
+                            assert!(
+                                error <= 2e-6 * (size + offset) + 1e-30,
+                                "{} {packing:?} {n_out}x{n_in}, row {row} of {rows}, output {o}: {} for {sum}, size {size}",
+                                kernels.variant,
+                                found[row][o]
+                            );
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// What is computed beside a row does not touch it, to the bit: neither other rows nor their number.
+#[test]
+fn rows_do_not_depend_on_their_neighbours() {
+    let mut noise = Noise(2);
+    for packing in Packing::ALL {
+        let dtype = packing.dtype();
+        let (n_out, n_in) = (40, 4 * dtype.block_len().max(25));
+        let matrix = prepare(&weights(dtype, n_out, n_in, &mut noise), false);
+        let x = inputs(25, n_in, &mut noise);
+        for kernels in all_kernels() {
+            let alone: Vec<Vec<f32>> = x.iter().map(|x| multiply(kernels, &matrix, &[x.clone()]).remove(0)).collect();
+            for rows in ROWS {
+                assert_eq!(multiply(kernels, &matrix, &x[..rows]), alone[..rows], "{} {packing:?}", kernels.variant);
+            }
+        }
+    }
+}
+
+/// Types without a kernel of our own, through ggml and without it; ggml's quantize activations their own way (one scale for up to
+/// 256 of them), so the bound is what that may cost.
+#[test]
+fn other_types_are_right_within_their_rounding() {
+    let mut noise = Noise(3);
+    for dtype in DType::ALL {
+        for (n_out, n_in) in shapes(dtype) {
+            let tensor = weights(dtype, n_out, n_in, &mut noise);
+            let mut w = vec![vec![0.0; n_in]; n_out];
+            let row_bytes = tensor.data.len() / n_out;
+            w.iter_mut().zip(tensor.data.chunks(row_bytes)).for_each(|(w, b)| dequantize_row(dtype, b, w));
+            for matrix in [prepare(&tensor, true), Matrix::converted(tensor.clone())] {
+                for rows in [1, 3, 13] {
+                    let x = inputs(rows, n_in, &mut noise);
+                    for kernels in all_kernels() {
+                        let found = multiply(kernels, &matrix, &x);
+                        for row in 0..rows {
+                            let largest = x[row].iter().fold(0.0f32, |a, x| a.max(x.abs()));
+                            for o in 0..n_out {
+                                let pairs = || w[o].iter().zip(&x[row]).map(|(&w, &x)| (f64::from(w), f64::from(x)));
+                                let sum: f64 = pairs().map(|(w, x)| w * x).sum();
+                                let size: f64 = pairs().map(|(w, x)| (w * x).abs()).sum();
+                                let rounding: f64 = pairs().map(|(w, _)| w.abs() * f64::from(largest) / 127.0).sum();
+                                // Offsets of Q2_K, Q4_1 and the like multiply the activations' sum.
+                                let offset = 64.0 * f64::from(largest) * n_in as f64;
+                                let bound = if matrix.uses_ggml() {
+                                    rounding + 1e-3 * size + 1e-3 * offset
+                                } else {
+                                    2e-6 * size + 1e-30
+                                };
+                                let error = (f64::from(found[row][o]) - sum).abs();
+                                assert!(
+                                    error <= bound,
+                                    "{} {dtype} ggml {}: {n_out}x{n_in} row {row} output {o}: {} for {sum}, bound {bound}",
+                                    kernels.variant,
+                                    matrix.uses_ggml(),
+                                    found[row][o]
+                                );
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[cfg(feature = "ggml")]
+#[test]
+fn ggml_serves_what_we_do_not() {
+    for dtype in [DType::Q5_0, DType::Q5_1, DType::Q2_K, DType::Q3_K, DType::IQ4_NL, DType::IQ4_XS] {
+        assert!(Packing::of(dtype).is_none());
+        let is_there = super::ggml::Dot::of(dtype).is_some();
+        #[cfg(target_arch = "x86_64")]
+        assert_eq!(is_there, is_x86_feature_detected!("avx2") && is_x86_feature_detected!("bmi2"), "{dtype}");
+        #[cfg(not(target_arch = "x86_64"))]
+        assert!(is_there, "{dtype}");
+    }
+}
+
+#[test]
+fn groups_are_what_kernels_exist_for() {
+    for kernels in all_kernels() {
+        for n in 1..300 {
+            for (largest, packing) in [(kernels.int_rows, Packing::Q4_0), (kernels.float_rows, Packing::F32)] {
+                let mut next = 0;
+                for (first, rows) in groups(n, largest) {
+                    assert_eq!(first, next);
+                    next += rows;
+                    let _ = (kernels.tile)(packing, rows); // panics for a size without a kernel
+                }
+                assert_eq!(next, n);
+            }
+        }
+    }
+}
+
+#[test]
+fn norms_and_activations() {
+    let mut noise = Noise(4);
+    for kernels in all_kernels() {
+        for n in [1, 3, 4, 15, 16, 17, 64, 100] {
+            let x: Vec<f32> = (0..n).map(|_| noise.float() * 3.0).collect();
+            let w: Vec<f32> = (0..n).map(|_| noise.float()).collect();
+            let mut found = vec![f32::NAN; n];
+            // SAFETY: these kernels are this CPU's.
+            unsafe { (kernels.norm)(&x, &w, 1e-5, &mut found) };
+            let mean = x.iter().map(|&x| f64::from(x).powi(2)).sum::<f64>() / n as f64;
+            for i in 0..n {
+                let expected = f64::from(x[i]) / (mean + 1e-5).sqrt() * f64::from(w[i]);
+                assert!((f64::from(found[i]) - expected).abs() <= 1e-6 * (expected.abs() + 1.0), "{}", kernels.variant);
+            }
+
+            let wide: Vec<f32> = (0..n).map(|i| if i % 7 == 6 { -1000.0 } else { noise.float() * 90.0 }).collect();
+            let mut found = wide.clone();
+            // SAFETY: these kernels are this CPU's.
+            unsafe { (kernels.silu)(&mut found, &w) };
+            for i in 0..n {
+                let expected = f64::from(wide[i]) / (1.0 + (-f64::from(wide[i])).exp()) * f64::from(w[i]);
+                let error = (f64::from(found[i]) - expected).abs();
+                assert!(error <= 1e-6 * expected.abs() + 1e-30, "{}: silu({}) {}", kernels.variant, wide[i], found[i]);
+            }
+        }
+    }
+}
+
+struct Case {
+    head_dim: usize,
+    n_kv_heads: usize,
+    rows_per_block: usize,
+    stored: usize,
+    hidden: usize,
+    queries: usize,
+}
+
+/// Softmax and weighted sum in f64 over the values as the cache rounded them.
+#[test]
+fn attention_is_right_for_every_cache() {
+    let case = |head_dim, n_kv_heads, rows_per_block, stored, hidden, queries| Case {
+        head_dim,
+        n_kv_heads,
+        rows_per_block,
+        stored,
+        hidden,
+        queries,
+    };
+    let cases = [
+        case(2, 1, 1, 1, 1, 1),
+        case(6, 3, 4, 15, 7, 2),
+        case(16, 2, 16, 16, 16, 3),
+        case(24, 2, 2, 17, 5, 5),
+        case(32, 3, 48, 65, 33, 7),
+        case(64, 2, 16, 200, 20, 9),
+        case(80, 1, 32, 130, 9, 48),
+        case(128, 2, 16, 64, 3, 12),
+    ];
+    let mut noise = Noise(5);
+    for kind in [CacheType::F32, CacheType::F16, CacheType::Q8_0] {
+        for c in &cases {
+            let width = c.head_dim * c.n_kv_heads;
+            let n_blocks = c.stored.div_ceil(c.rows_per_block);
+            // Blocks in reverse order, and one that is not ours.
+            let blocks: Vec<u32> = (1..=n_blocks as u32).rev().collect();
+            let rows = (n_blocks + 1) * c.rows_per_block;
+            let (k, v) = (Granules::new(kind, rows, width).unwrap(), Rows::new(kind, rows, width).unwrap());
+            let natural = |rows: usize| (Rows::new(kind, rows, width).unwrap(), Rows::new(kind, rows, width).unwrap());
+            let capacity = c.hidden + 2;
+            let (ring, fresh) = (natural(2 * capacity), natural(c.hidden + 3));
+            let mut encoded = vec![0; kind.row_bytes(width)];
+            let mut row = || -> Vec<f32> { (0..width).map(|_| noise.float()).collect() };
+            let first_fresh = 100 + c.hidden / 2;
+            let at_stored = |i: usize| blocks[i / c.rows_per_block] as usize * c.rows_per_block + i % c.rows_per_block;
+            // SAFETY: one thread.
+            unsafe {
+                for i in 0..c.stored {
+                    k.write(at_stored(i), &row(), &mut encoded);
+                    v.write(at_stored(i), &row());
+                }
+                for number in 100..100 + c.hidden {
+                    let (store, at) = match number.checked_sub(first_fresh) {
+                        Some(i) => (&fresh, 3 + i),
+                        None => (&ring, capacity + number % capacity),
+                    };
+                    store.0.write(at, &row());
+                    store.1.write(at, &row());
+                }
+            }
+            let sources = [
+                (Source::Stored { k: &k, v: &v, blocks: &blocks, rows_per_block: c.rows_per_block }, (0, c.stored)),
+                (
+                    Source::Hidden {
+                        ring: (&ring.0, &ring.1),
+                        ring_base: capacity,
+                        capacity,
+                        fresh: (&fresh.0, &fresh.1),
+                        first_fresh,
+                        fresh_base: 3,
+                        first: 100,
+                    },
+                    (100, 100 + c.hidden),
+                ),
+            ];
+            let queries: Vec<f32> = (0..c.queries * c.head_dim).map(|_| noise.float() * 2.0).collect();
+            for (which, (source, (low, high))) in sources.into_iter().enumerate() {
+                let sight: Vec<(u32, u32)> = (0..c.queries)
+                    .map(|q| {
+                        // Causal-like ends, window-like beginnings, and one that sees nothing.
+                        let to = high - q % (high - low);
+                        let from = if which == 1 { low + q % (to - low) } else { low };
+                        if q == 4 { (0, 0) } else { (from as u32, to as u32) }
+                    })
+                    .collect();
+                for head in 0..c.n_kv_heads {
+                    let mut key = vec![0.0; c.head_dim];
+                    let mut value = vec![0.0; c.head_dim];
+                    let mut keys = Vec::new();
+                    for i in low..high {
+                        // SAFETY: one thread; Plain runs everywhere.
+                        unsafe {
+                            match which {
+                                0 => {
+                                    k.read_row(at_stored(i), head * c.head_dim, c.head_dim, key.as_mut_ptr(), 1);
+                                    v.read::<Plain>(at_stored(i), head * c.head_dim, &mut value);
+                                }
+                                _ => {
+                                    let (store, at) = match i.checked_sub(first_fresh) {
+                                        Some(i) => (&fresh, 3 + i),
+                                        None => (&ring, capacity + i % capacity),
+                                    };
+                                    store.0.read::<Plain>(at, head * c.head_dim, &mut key);
+                                    store.1.read::<Plain>(at, head * c.head_dim, &mut value);
+                                }
+                            }
+                        }
+                        keys.push((key.clone(), value.clone()));
+                    }
+                    for kernels in all_kernels() {
+                        let dim = padded(c.head_dim);
+                        let mut scratch = attention::Scratch::new(c.queries, c.head_dim);
+                        let (mut max, mut sum) = (vec![0.0; c.queries], vec![0.0; c.queries]);
+                        let mut acc = vec![f32::NAN; c.queries * dim];
+                        let mut a = Attend {
+                            head_dim: c.head_dim,
+                            head,
+                            queries: &queries,
+                            sight: &sight,
+                            source,
+                            from: low - low % 16,
+                            to: high,
+                            scratch: &mut scratch,
+                            max: &mut max,
+                            sum: &mut sum,
+                            acc: &mut acc,
+                        };
+                        // SAFETY: these kernels are this CPU's; one thread.
+                        unsafe { (kernels.attend)(&mut a) };
+                        for (q, &(from, to)) in sight.iter().enumerate() {
+                            let query = &queries[q * c.head_dim..(q + 1) * c.head_dim];
+                            let (mut total, mut expected) = (0.0, vec![0.0; c.head_dim]);
+                            for (key, value) in keys
+                                .iter()
+                                .enumerate()
+                                .filter_map(|(i, kv)| ((from as usize)..to as usize).contains(&(low + i)).then_some(kv))
+                            {
+                                let score: f64 =
+                                    query.iter().zip(key).map(|(&q, &k)| f64::from(q) * f64::from(k)).sum();
+                                total += score.exp();
+                                expected.iter_mut().zip(value).for_each(|(e, &v)| *e += score.exp() * f64::from(v));
+                            }
+                            if from == to {
+                                assert_eq!((max[q], sum[q]), (f32::NEG_INFINITY, 0.0));
+                                continue;
+                            }
+                            for d in 0..c.head_dim {
+                                let found = f64::from(acc[q * dim + d] / sum[q]);
+                                assert!(
+                                    (found - expected[d] / total).abs() < 5e-6,
+                                    "{} {kind:?} head {head} of {} query {q} dimension {d}: {found}, expected {}",
+                                    kernels.variant,
+                                    c.head_dim,
+                                    expected[d] / total
+                                );
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// The trait's own arithmetic where kernels lean on it.
+#[test]
+fn exponentials() {
+    fn check<S: Simd>() {
+        for i in -9000..=870 {
+            let x = i as f32 / 10.0;
+            let mut out = [0.0f32; TILE];
+            // SAFETY: called for instruction sets that were found.
+            unsafe { S::store(out.as_mut_ptr(), S::exp(S::splat(x))) };
+            let expected = if x < -87.0 { 0.0 } else { f64::from(x).exp() };
+            let error = (f64::from(out[0]) - expected).abs();
+            assert!(error <= 4e-7 * expected, "exp({x}) = {}, expected {expected}", out[0]);
+        }
+    }
+    check::<Plain>();
+    #[cfg(target_arch = "x86_64")]
+    {
+        if Variant::Avx512Vnni.kernels().is_some() {
+            check::<super::simd::avx512::Avx512Vnni>();
+        }
+        if Variant::Avx2.kernels().is_some() {
+            check::<super::simd::avx2::Avx2>();
+        }
+    }
+    #[cfg(target_arch = "aarch64")]
+    if Variant::NeonDot.kernels().is_some() {
+        check::<super::simd::neon::NeonDot>();
+    }
+}
