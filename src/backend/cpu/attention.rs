@@ -179,8 +179,9 @@ unsafe fn load<S: Simd>(a: &mut Attend, from: usize, count: usize) {
             Source::Stored { k, v, blocks, rows_per_block } => {
                 let row_of = |key: usize| blocks[key / rows_per_block] as usize * rows_per_block + key % rows_per_block;
                 for i in (0..count).step_by(GRANULE) {
-                    if rows_per_block.is_multiple_of(GRANULE) {
-                        k.read::<S>(row_of(from + i) / GRANULE, first, dim, keys.add(i), CHUNK);
+                    let row = row_of(from + i);
+                    if rows_per_block.is_multiple_of(GRANULE) && k.is_whole(row) {
+                        k.read::<S>(row / GRANULE, first, dim, keys.add(i), CHUNK);
                     } else {
                         for j in i..(i + GRANULE).min(count) {
                             k.read_row(row_of(from + j), first, dim, keys.add(j), CHUNK);

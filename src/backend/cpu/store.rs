@@ -116,30 +116,38 @@ impl Rows {
 }
 
 /// Rows interleaved by sixteens, so that a vector holds one element of 16 keys:
-/// `(granule, width, row 16)`; Q8_0: `(granule, block)` of `(32, row 16)` bytes and `(row 16)` f16 scales.
+/// `(granule, width, row 16)`; Q8_0: `(granule, block)` of `(32, row 16)` bytes and `(row 16)` f16 scales. The last granule
+/// may have fewer rows.
 pub struct Granules {
     kind: CacheType,
     row_bytes: usize,
+    rows: usize,
     data: Shared<u8>,
 }
 
 impl Granules {
     pub fn new(kind: CacheType, rows: usize, width: usize) -> Result<Granules> {
         let row_bytes = kind.row_bytes(width);
-        Ok(Granules {
-            kind,
-            row_bytes,
-            data: Shared::new("the KV cache", rows.div_ceil(GRANULE), GRANULE * row_bytes)?,
-        })
+        Ok(Granules { kind, row_bytes, rows, data: Shared::new("the KV cache", rows, row_bytes)? })
     }
 
     pub fn bytes(&self) -> usize {
         self.data.bytes()
     }
 
+    /// Rows in the granule of `row`.
+    fn lanes(&self, row: usize) -> usize {
+        (self.rows - (row - row % GRANULE)).min(GRANULE)
+    }
+
+    /// Whether [`Granules::read`] can take the 16 rows from `row` on.
+    pub fn is_whole(&self, row: usize) -> bool {
+        row.is_multiple_of(GRANULE) && self.lanes(row) == GRANULE
+    }
+
     /// Where piece `piece` of an encoded row goes: its offset in the buffer, its offset in the row, its length.
     fn pieces(&self, row: usize) -> impl Iterator<Item = (usize, usize, usize)> + use<> {
-        let (kind, lane) = (self.kind, row % GRANULE);
+        let (kind, lane, lanes) = (self.kind, row % GRANULE, self.lanes(row));
         let base = row / GRANULE * GRANULE * self.row_bytes;
         let n = match kind {
             CacheType::F32 => self.row_bytes / 4,
@@ -147,14 +155,14 @@ impl Granules {
             CacheType::Q8_0 => self.row_bytes / Q8_BLOCK * 33,
         };
         (0..n).map(move |i| match kind {
-            CacheType::F32 => (base + (i * GRANULE + lane) * 4, i * 4, 4),
-            CacheType::F16 => (base + (i * GRANULE + lane) * 2, i * 2, 2),
+            CacheType::F32 => (base + (i * lanes + lane) * 4, i * 4, 4),
+            CacheType::F16 => (base + (i * lanes + lane) * 2, i * 2, 2),
             CacheType::Q8_0 => {
-                let (block, j) = (base + i / 33 * Q8_GRANULE, i % 33);
+                let (block, j) = (base + i / 33 * lanes * Q8_BLOCK, i % 33);
                 let source = i / 33 * Q8_BLOCK;
                 match j {
-                    0 => (block + 32 * GRANULE + 2 * lane, source, 2),
-                    _ => (block + (j - 1) * GRANULE + lane, source + 1 + j, 1),
+                    0 => (block + 32 * lanes + 2 * lane, source, 2),
+                    _ => (block + (j - 1) * lanes + lane, source + 1 + j, 1),
                 }
             }
         })
@@ -181,7 +189,7 @@ impl Granules {
         }
     }
 
-    /// Elements `first..first + n` of a granule's 16 rows as f32 into `out[element][stride]`, 16 at a time.
+    /// Elements `first..first + n` of a whole granule's 16 rows as f32 into `out[element][stride]`, 16 at a time.
     ///
     /// # Safety
     /// The CPU has `S`; nobody writes the granule meanwhile; `out` has room.
@@ -229,23 +237,23 @@ impl Granules {
     /// # Safety
     /// Nobody writes the row meanwhile; `out` has room.
     pub unsafe fn read_row(&self, row: usize, first: usize, n: usize, out: *mut f32, stride: usize) {
-        let lane = row % GRANULE;
+        let (lane, lanes) = (row % GRANULE, self.lanes(row));
         // SAFETY: the caller's.
         unsafe {
-            let bytes = self.data.slice(row / GRANULE * GRANULE * self.row_bytes, GRANULE * self.row_bytes);
+            let bytes = self.data.slice(row / GRANULE * GRANULE * self.row_bytes, lanes * self.row_bytes);
             let half = |at: usize| half::f16::from_le_bytes([bytes[at], bytes[at + 1]]).to_f32();
             for i in 0..n {
                 let e = first + i;
                 let x = match self.kind {
                     CacheType::F32 => {
-                        let at = (e * GRANULE + lane) * 4;
+                        let at = (e * lanes + lane) * 4;
                         f32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]])
                     }
-                    CacheType::F16 => half((e * GRANULE + lane) * 2),
+                    CacheType::F16 => half((e * lanes + lane) * 2),
                     CacheType::Q8_0 => {
-                        let block = e / 32 * Q8_GRANULE;
-                        let q = bytes[block + e % 32 * GRANULE + lane] as i8;
-                        half(block + 32 * GRANULE + 2 * lane) * f32::from(q)
+                        let block = e / 32 * lanes * Q8_BLOCK;
+                        let q = bytes[block + e % 32 * lanes + lane] as i8;
+                        half(block + 32 * lanes + 2 * lane) * f32::from(q)
                     }
                 };
                 *out.add(i * stride) = x;

@@ -357,7 +357,7 @@ fn attention_is_right_for_every_cache() {
             let n_blocks = c.stored.div_ceil(c.rows_per_block);
             // Blocks in reverse order, and one that is not ours.
             let blocks: Vec<u32> = (1..=n_blocks as u32).rev().collect();
-            let rows = (n_blocks + 1) * c.rows_per_block;
+            let rows = (n_blocks + 1) * c.rows_per_block; // mostly no multiple of 16
             let (k, v) = (Granules::new(kind, rows, width).unwrap(), Rows::new(kind, rows, width).unwrap());
             let natural = |rows: usize| (Rows::new(kind, rows, width).unwrap(), Rows::new(kind, rows, width).unwrap());
             let capacity = c.hidden + 2;
