@@ -4,6 +4,8 @@ mod common;
 #[path = "common/gguf.rs"]
 mod gguf;
 
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::cell::Cell;
 use std::path::Path;
 
 use common::{difference, golden};
@@ -173,6 +175,16 @@ fn lying_headers_are_refused() {
     }
     let twice = || Tensor { name: "t", shape: vec![8], ggml_type: 0, data: vec![0; 32] };
     assert!(refusal(&gguf::write(&LLAMA, &[twice(), twice()])).contains("twice"));
+
+    // The second tensor moved onto the first one's bytes.
+    let named = |name| Tensor { name, shape: vec![8], ggml_type: 0, data: vec![0; 32] };
+    let mut file = gguf::write(&LLAMA, &[named("aaaa"), named("bbbb")]);
+    let name = file.windows(4).position(|w| w == b"bbbb").unwrap();
+    let offset = name + 4 + 4 + 8 + 4;
+    assert_eq!(file[offset..offset + 8], 32u64.to_le_bytes());
+    file[offset..offset + 8].fill(0);
+    let message = refusal(&file);
+    assert!(message.contains("tensors aaaa and bbbb overlap"), "{message}");
 }
 
 #[test]
@@ -210,7 +222,31 @@ fn clone<'a>(value: &Value<'a>) -> Value<'a> {
     }
 }
 
-/// Thousands of damaged files: an error or a model, never a panic or a hang.
+/// The largest piece of memory that this thread has asked for.
+struct Largest;
+
+thread_local! {
+    static LARGEST: Cell<usize> = const { Cell::new(0) };
+}
+
+// SAFETY: every call is passed on to the system allocator unchanged.
+unsafe impl GlobalAlloc for Largest {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        LARGEST.set(LARGEST.get().max(layout.size()));
+        // SAFETY: the caller's promises are those of `System.alloc`.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
+        // SAFETY: the caller's promises are those of `System.dealloc`.
+        unsafe { System.dealloc(pointer, layout) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Largest = Largest;
+
+/// Thousands of damaged files: an error or a model, never a panic, a hang, or memory out of proportion to the file.
 #[test]
 fn damaged_files_do_no_harm() {
     let good = golden_as_gguf();
@@ -238,7 +274,9 @@ fn damaged_files_do_no_harm() {
             }
         }
         std::fs::write(&path, &file).unwrap();
+        LARGEST.set(0);
         drop(Model::load(&path, LoadOptions { mmap: false, ..Default::default() }));
+        assert!(LARGEST.get() <= 4 * good.len() + (1 << 16), "{} bytes at once for {}", LARGEST.get(), file.len());
     }
 }
 

@@ -105,3 +105,35 @@ fn a_cancelled_call_changes_nothing() {
         }
     }
 }
+
+/// A request from another thread ends the running call, or else the next one, and that alone.
+#[test]
+fn another_thread_cancels() {
+    let model = load(&demo_model(), BackendKind::Cpu);
+    let options = SessionOptions { n_positions: 4096, cache_type: CacheType::F32, ..Default::default() };
+    let mut s = Session::new(model, &options).unwrap();
+    let tokens: Vec<i32> = (0..4000).map(|i| i * 37 % 1024).collect();
+    s.prefill(0, &tokens[..100]).unwrap();
+    let before = s.logits(0).unwrap().to_vec();
+    let handle = s.cancel_handle();
+    for _ in 0..20 {
+        let handle = handle.clone();
+        let other = std::thread::spawn(move || handle.cancel(0).unwrap());
+        let result = s.prefill(0, &tokens[100..]);
+        other.join().unwrap();
+        match result {
+            // It came too late for this call.
+            Ok(()) => {
+                assert!(matches!(s.step(0, 1), Err(Error::Cancelled)));
+                s.truncate(0, 100).unwrap();
+            }
+            Err(Error::Cancelled) => assert_eq!(s.logits(0).unwrap(), before),
+            Err(e) => panic!("{e}"),
+        }
+        assert_eq!(s.len(0).unwrap(), 100);
+        s.prefill(0, &tokens[100..110]).unwrap();
+        s.truncate(0, 99).unwrap();
+        s.step(0, tokens[99]).unwrap();
+        assert!(difference(s.logits(0).unwrap(), &before) < 1e-5);
+    }
+}
