@@ -178,14 +178,11 @@ fn greedy_continuations() {
         assert_eq!(exact.iter().map(|l| argmax(l)).collect::<Vec<_>>(), g.greedy, "{}", g.name);
         for cache_type in [CacheType::F16, CacheType::Q8_0] {
             for (i, (found, exact)) in continuation(cache_type).iter().zip(&exact).enumerate() {
-                // A rounded cache may decide a tie otherwise, but only one that its bound allows.
+                // A rounded cache may decide a tie otherwise. Three steps of these checkpoints are that close: their two best
+                // logits lie within 3.5e-4 of the largest; all others must be equal.
                 let largest = exact.iter().fold(0.0f32, |a, x| a.max(x.abs()));
                 let lead = exact[g.greedy[i] as usize] - exact[argmax(found) as usize];
-                assert!(
-                    lead <= 2.0 * bound(cache_type) * largest,
-                    "{} {cache_type:?} token {i} lost by {lead}",
-                    g.name
-                );
+                assert!(lead <= 4e-4 * largest, "{} {cache_type:?} token {i} lost by {lead}", g.name);
             }
         }
     });
