@@ -37,7 +37,7 @@ pub struct GgufVocab {
 impl GgufVocab {
     /// Reads the keys; `None` for a file without vocabulary.
     pub fn from_metadata(m: &Metadata) -> Result<Option<GgufVocab>> {
-        let Some(model) = m.str("tokenizer.ggml.model")? else { return Ok(None) };
+        let Some(model) = m.str("tokenizer.ggml.model")?.filter(|&model| model != "no_vocab") else { return Ok(None) };
         let id = |name: &str| m.u32(&format!("tokenizer.ggml.{name}_token_id"));
         Ok(Some(GgufVocab {
             model: model.to_owned(),
