@@ -2,6 +2,8 @@
 //!
 //! The layouts are ggml's (`ggml-common.h`), which GGUF files store as they are.
 
+use half::slice::HalfFloatSliceExt;
+
 /// Element type of a stored tensor. Quantized types store blocks of consecutive elements of one row.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[allow(non_camel_case_types)]
@@ -289,7 +291,14 @@ pub fn quantize_row(dtype: DType, x: &[f32], out: &mut [u8]) {
     let blocks = x.chunks_exact(dtype.block_len()).zip(out.chunks_exact_mut(dtype.block_bytes()));
     match dtype {
         DType::F32 => blocks.for_each(|(x, b)| b.copy_from_slice(&x[0].to_le_bytes())),
-        DType::F16 => blocks.for_each(|(x, b)| b.copy_from_slice(&half::f16::from_f32(x[0]).to_le_bytes())),
+        DType::F16 => {
+            // Some at a time: the conversion of slices uses vectors where the CPU has them.
+            for (x, out) in x.chunks(64).zip(out.chunks_mut(128)) {
+                let mut halves = [half::f16::ZERO; 64];
+                halves[..x.len()].convert_from_f32_slice(x);
+                out.chunks_exact_mut(2).zip(halves).for_each(|(b, h)| b.copy_from_slice(&h.to_le_bytes()));
+            }
+        }
         DType::BF16 => blocks.for_each(|(x, b)| b.copy_from_slice(&half::bf16::from_f32(x[0]).to_le_bytes())),
         DType::Q8_0 => blocks.for_each(|(x, b)| {
             let largest = x.iter().fold(0.0f32, |a, x| a.max(x.abs()));

@@ -178,18 +178,28 @@ unsafe fn load<S: Simd>(a: &mut Attend, from: usize, count: usize) {
         match a.source {
             Source::Stored { k, v, blocks, rows_per_block } => {
                 let row_of = |key: usize| blocks[key / rows_per_block] as usize * rows_per_block + key % rows_per_block;
+                let has_granules = rows_per_block.is_multiple_of(GRANULE);
                 for i in (0..count).step_by(GRANULE) {
                     let row = row_of(from + i);
-                    if rows_per_block.is_multiple_of(GRANULE) && k.is_whole(row) {
+                    let last = (i + GRANULE).min(count);
+                    // What the next chunk needs is on its way while this one is computed.
+                    if has_granules && from + i + CHUNK < a.to {
+                        let next = row_of(from + i + CHUNK);
+                        k.prefetch::<S>(next / GRANULE, first, dim);
+                        v.prefetch::<S>(next, first);
+                    }
+                    if has_granules && k.is_whole(row) {
                         k.read::<S>(row / GRANULE, first, dim, keys.add(i), CHUNK);
+                        for j in i..last {
+                            v.read::<S>(row + j - i, first, &mut values[j * width..j * width + dim]);
+                        }
                     } else {
-                        for j in i..(i + GRANULE).min(count) {
-                            k.read_row(row_of(from + j), first, dim, keys.add(j), CHUNK);
+                        for j in i..last {
+                            let row = row_of(from + j);
+                            k.read_row(row, first, dim, keys.add(j), CHUNK);
+                            v.read::<S>(row, first, &mut values[j * width..j * width + dim]);
                         }
                     }
-                }
-                for i in 0..count {
-                    v.read::<S>(row_of(from + i), first, &mut values[i * width..i * width + dim]);
                 }
             }
             Source::Hidden { ring, ring_base, capacity, fresh, first_fresh, fresh_base, first: first_seen } => {

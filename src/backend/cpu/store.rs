@@ -27,33 +27,55 @@ fn encode(kind: CacheType, x: &[f32], out: &mut [u8]) {
     }
 }
 
-/// Rows one after the other: `(row, width)`.
+/// Rows of values (and of hidden keys), a head's part of `granule` rows together: `(granule, head, row of it, head_dim)`. With
+/// granules of one row that is `(row, width)`; with sixteen, what attention reads for a head is one stream.
 pub struct Rows {
     kind: CacheType,
+    rows: usize,
+    granule: usize,
     row_bytes: usize,
+    /// A head's bytes in a row; the whole row where Q8_0 blocks straddle heads.
+    part_bytes: usize,
+    part_width: usize,
     data: Shared<u8>,
 }
 
 impl Rows {
-    pub fn new(kind: CacheType, rows: usize, width: usize) -> Result<Rows> {
+    pub fn new(kind: CacheType, rows: usize, width: usize, head_dim: usize, granule: usize) -> Result<Rows> {
         let row_bytes = kind.row_bytes(width);
-        Ok(Rows { kind, row_bytes, data: Shared::new("the KV cache", rows, row_bytes)? })
+        let straddles = kind == CacheType::Q8_0 && !head_dim.is_multiple_of(32);
+        let part_width = if straddles { width } else { head_dim };
+        let part_bytes = kind.row_bytes(part_width);
+        let data = Shared::new("the KV cache", rows, row_bytes)?;
+        Ok(Rows { kind, rows, granule, row_bytes, part_bytes, part_width, data })
     }
 
     pub fn bytes(&self) -> usize {
         self.data.bytes()
     }
 
-    /// # Safety
-    /// Nobody else touches this row meanwhile.
-    pub unsafe fn write(&self, row: usize, x: &[f32]) {
-        // SAFETY: the caller's.
-        encode(self.kind, x, unsafe { self.data.slice_mut(row * self.row_bytes, self.row_bytes) });
+    /// Where part `part` of a row lies.
+    fn at(&self, row: usize, part: usize) -> usize {
+        let (first, lane) = (row - row % self.granule, row % self.granule);
+        let lanes = (self.rows - first).min(self.granule);
+        first * self.row_bytes + (part * lanes + lane) * self.part_bytes
     }
 
     /// # Safety
+    /// Nobody else touches this row meanwhile.
+    pub unsafe fn write(&self, row: usize, x: &[f32]) {
+        for (part, x) in x.chunks_exact(self.part_width).enumerate() {
+            // SAFETY: the caller's.
+            encode(self.kind, x, unsafe { self.data.slice_mut(self.at(row, part), self.part_bytes) });
+        }
+    }
+
+    /// Both with granules of one row.
+    ///
+    /// # Safety
     /// Nobody writes `src`'s row `from` or touches this row `to` meanwhile.
     pub unsafe fn copy_from(&self, to: usize, src: &Rows, from: usize) {
+        debug_assert!(self.granule == 1 && src.granule == 1);
         // SAFETY: the caller's.
         unsafe {
             let source = src.data.slice(from * src.row_bytes, src.row_bytes);
@@ -62,9 +84,25 @@ impl Rows {
     }
 
     pub fn copy_within(&mut self, src: usize, dst: usize, rows: usize) {
-        let start = src * self.row_bytes;
-        let n = self.row_bytes;
-        self.data.as_mut().copy_within(start..start + rows * n, dst * n);
+        for i in 0..rows {
+            for part in 0..self.row_bytes / self.part_bytes {
+                let (from, to) = (self.at(src + i, part), self.at(dst + i, part));
+                self.data.as_mut().copy_within(from..from + self.part_bytes, to);
+            }
+        }
+    }
+
+    /// Asks for a head's part of the whole granule that begins at `row`.
+    ///
+    /// # Safety
+    /// The CPU has `S`.
+    #[inline(always)]
+    pub unsafe fn prefetch<S: Simd>(&self, row: usize, first: usize) {
+        let start = self.at(row, first / self.part_width);
+        for line in (0..self.granule * self.part_bytes).step_by(64) {
+            // SAFETY: a prefetch may name any address.
+            unsafe { S::prefetch(self.data.as_ptr().wrapping_add(start + line)) };
+        }
     }
 
     /// Elements `first..first + out.len()` of a row as f32.
@@ -75,7 +113,8 @@ impl Rows {
     pub unsafe fn read<S: Simd>(&self, row: usize, first: usize, out: &mut [f32]) {
         // SAFETY: the row is in bounds (slice checks), elements are those of a head, vectors end within `whole`.
         unsafe {
-            let bytes = self.data.slice(row * self.row_bytes, self.row_bytes);
+            let (part, first) = (first / self.part_width, first % self.part_width);
+            let bytes = self.data.slice(self.at(row, part), self.part_bytes);
             let n = out.len();
             let whole = n - n % S::LANES;
             match self.kind {
@@ -115,6 +154,17 @@ impl Rows {
     }
 }
 
+/// Elements of `N` bytes, `stride` elements apart.
+///
+/// # Safety
+/// There is room for all of them behind `to`.
+unsafe fn scatter<const N: usize>(elements: &[u8], to: *mut u8, stride: usize) {
+    for (i, element) in elements.as_chunks::<N>().0.iter().enumerate() {
+        // SAFETY: the caller's.
+        unsafe { to.add(i * stride * N).cast::<[u8; N]>().write(*element) };
+    }
+}
+
 /// Rows interleaved by sixteens, so that a vector holds one element of 16 keys:
 /// `(granule, width, row 16)`; Q8_0: `(granule, block)` of `(32, row 16)` bytes and `(row 16)` f16 scales. The last granule
 /// may have fewer rows.
@@ -145,27 +195,9 @@ impl Granules {
         row.is_multiple_of(GRANULE) && self.lanes(row) == GRANULE
     }
 
-    /// Where piece `piece` of an encoded row goes: its offset in the buffer, its offset in the row, its length.
-    fn pieces(&self, row: usize) -> impl Iterator<Item = (usize, usize, usize)> + use<> {
-        let (kind, lane, lanes) = (self.kind, row % GRANULE, self.lanes(row));
-        let base = row / GRANULE * GRANULE * self.row_bytes;
-        let n = match kind {
-            CacheType::F32 => self.row_bytes / 4,
-            CacheType::F16 => self.row_bytes / 2,
-            CacheType::Q8_0 => self.row_bytes / Q8_BLOCK * 33,
-        };
-        (0..n).map(move |i| match kind {
-            CacheType::F32 => (base + (i * lanes + lane) * 4, i * 4, 4),
-            CacheType::F16 => (base + (i * lanes + lane) * 2, i * 2, 2),
-            CacheType::Q8_0 => {
-                let (block, j) = (base + i / 33 * lanes * Q8_BLOCK, i % 33);
-                let source = i / 33 * Q8_BLOCK;
-                match j {
-                    0 => (block + 32 * lanes + 2 * lane, source, 2),
-                    _ => (block + (j - 1) * lanes + lane, source + 1 + j, 1),
-                }
-            }
-        })
+    /// Where a row's part of its granule begins, and the step from one of its elements to the next.
+    fn lane(&self, row: usize) -> (usize, usize) {
+        (row / GRANULE * GRANULE * self.row_bytes, self.lanes(row))
     }
 
     /// `scratch` has room for an encoded row.
@@ -175,17 +207,69 @@ impl Granules {
     pub unsafe fn write(&self, row: usize, x: &[f32], scratch: &mut [u8]) {
         let encoded = &mut scratch[..self.row_bytes];
         encode(self.kind, x, encoded);
-        for (to, from, n) in self.pieces(row) {
-            // SAFETY: bytes of this row only.
-            unsafe { self.data.slice_mut(to, n) }.copy_from_slice(&encoded[from..from + n]);
+        let ((base, lanes), lane) = (self.lane(row), row % GRANULE);
+        assert!(base + lanes * self.row_bytes <= self.data.len());
+        // SAFETY: elements of this row only, within the granule that was checked to be in bounds.
+        unsafe {
+            let granule = self.data.as_ptr().add(base);
+            match self.kind {
+                CacheType::F32 => scatter::<4>(encoded, granule.add(4 * lane), lanes),
+                CacheType::F16 => scatter::<2>(encoded, granule.add(2 * lane), lanes),
+                CacheType::Q8_0 => {
+                    for (i, block) in encoded.chunks_exact(Q8_BLOCK).enumerate() {
+                        let to = granule.add(i * lanes * Q8_BLOCK);
+                        scatter::<2>(&block[..2], to.add(32 * lanes + 2 * lane), lanes);
+                        scatter::<1>(&block[2..], to.add(lane), lanes);
+                    }
+                }
+            }
         }
     }
 
     pub fn copy_within(&mut self, src: usize, dst: usize, rows: usize) {
+        let kind = self.kind;
         for i in 0..rows {
-            for ((from, _, n), (to, _, _)) in self.pieces(src + i).zip(self.pieces(dst + i)) {
-                self.data.as_mut().copy_within(from..from + n, to);
+            let ((from, from_lanes), from_lane) = (self.lane(src + i), (src + i) % GRANULE);
+            let ((to, to_lanes), to_lane) = (self.lane(dst + i), (dst + i) % GRANULE);
+            let n_blocks = self.row_bytes / Q8_BLOCK;
+            let data = self.data.as_mut();
+            let mut copy = |from: usize, to: usize, n: usize| data.copy_within(from..from + n, to);
+            match kind {
+                CacheType::F32 | CacheType::F16 => {
+                    let size = if kind == CacheType::F32 { 4 } else { 2 };
+                    for e in 0..self.row_bytes / size {
+                        let place = |base, lanes, lane| base + (e * lanes + lane) * size;
+                        copy(place(from, from_lanes, from_lane), place(to, to_lanes, to_lane), size);
+                    }
+                }
+                CacheType::Q8_0 => {
+                    for block in 0..n_blocks {
+                        let (from, to) = (from + block * from_lanes * Q8_BLOCK, to + block * to_lanes * Q8_BLOCK);
+                        for e in 0..32 {
+                            copy(from + e * from_lanes + from_lane, to + e * to_lanes + to_lane, 1);
+                        }
+                        copy(from + 32 * from_lanes + 2 * from_lane, to + 32 * to_lanes + 2 * to_lane, 2);
+                    }
+                }
             }
+        }
+    }
+
+    /// Asks for `n` elements from `first` on of a whole granule.
+    ///
+    /// # Safety
+    /// The CPU has `S`.
+    #[inline(always)]
+    pub unsafe fn prefetch<S: Simd>(&self, granule: usize, first: usize, n: usize) {
+        let row = GRANULE * self.row_bytes;
+        let (start, len) = match self.kind {
+            CacheType::F32 => (first * GRANULE * 4, n * GRANULE * 4),
+            CacheType::F16 => (first * GRANULE * 2, n * GRANULE * 2),
+            CacheType::Q8_0 => (first / 32 * Q8_GRANULE, n.div_ceil(32) * Q8_GRANULE),
+        };
+        for line in (0..len).step_by(64) {
+            // SAFETY: a prefetch may name any address.
+            unsafe { S::prefetch(self.data.as_ptr().wrapping_add(granule * row + start + line)) };
         }
     }
 
