@@ -1,22 +1,25 @@
 //! Attention of a tile of query rows over one read of the cache: keys and values are converted once for all of them, the
 //! softmax is carried along (Milakov and Gimelshein, arXiv 1805.02867).
 //!
-//! Keys are taken in fixed pieces: chunks of 64, splits of a length that depends on the query's own context alone
+//! Keys are taken in fixed pieces: runs of 256 to a step of the softmax, splits of a length that depends on the query's own context alone
 //! ([`split_len`]), the hidden window as a piece of its own. Splits are what threads share, and are merged in order. So a row's
 //! result depends neither on the number of threads nor on the rows beside it, to the bit.
 
 use super::simd::Simd;
 use super::store::{GRANULE, Granules, Rows};
 
-/// Keys converted at a time.
+/// Keys or values converted at a time.
 const CHUNK: usize = 64;
+
+/// Keys to a step of the softmax.
+const RUN: usize = 256;
 
 /// Most splits of a row's stored keys.
 pub const MAX_SPLITS: usize = 32;
 
 /// Stored keys to a split, for a row that sees `stored` of them.
 pub fn split_len(stored: usize) -> usize {
-    stored.div_ceil(MAX_SPLITS).next_power_of_two().max(256)
+    stored.div_ceil(MAX_SPLITS).next_power_of_two().max(RUN)
 }
 
 /// Dimensions of a head in scratch: a whole number of vectors of any instruction set.
@@ -45,24 +48,22 @@ pub enum Source<'a> {
 
 /// What a thread needs to attend, for tiles of up to `queries` rows.
 pub struct Scratch {
-    keys: Vec<f32>,   // (head_dim, CHUNK)
-    values: Vec<f32>, // (CHUNK, padded)
-    scores: Vec<f32>, // (query, CHUNK)
-    row: Vec<f32>,    // (head_dim)
+    converted: Vec<f32>, // (head_dim, CHUNK) of keys, then (CHUNK, padded) of values
+    scores: Vec<f32>,    // (query, RUN)
+    row: Vec<f32>,       // (head_dim)
 }
 
 impl Scratch {
     pub fn new(queries: usize, head_dim: usize) -> Scratch {
         Scratch {
-            keys: vec![0.0; head_dim * CHUNK],
-            values: vec![0.0; CHUNK * padded(head_dim)],
-            scores: vec![0.0; queries * CHUNK],
+            converted: vec![0.0; padded(head_dim) * CHUNK],
+            scores: vec![0.0; queries * RUN],
             row: vec![0.0; head_dim],
         }
     }
 
     pub fn bytes(&self) -> usize {
-        4 * (self.keys.len() + self.values.len() + self.scores.len() + self.row.len())
+        4 * (self.converted.len() + self.scores.len() + self.row.len())
     }
 }
 
@@ -94,26 +95,32 @@ pub unsafe fn attend<S: Simd>(a: &mut Attend) {
     let (dim, width) = (a.head_dim, padded(a.head_dim));
     let n = a.sight.len();
     assert!(a.queries.len() == n * dim && a.acc.len() == n * width && a.max.len() == n && a.sum.len() == n);
-    assert!(
-        a.scratch.scores.len() >= n * CHUNK && a.scratch.keys.len() == dim * CHUNK && a.from.is_multiple_of(GRANULE)
-    );
+    assert!(a.scratch.scores.len() >= n * RUN && a.scratch.converted.len() == width * CHUNK);
     a.max.fill(f32::NEG_INFINITY);
     a.sum.fill(0.0);
     a.acc.fill(0.0);
-    let mut from = a.from;
-    while from < a.to {
-        let count = (a.to - from).min(CHUNK);
+    let seen = a.sight.iter().filter(|s| s.0 < s.1);
+    let (low, high) = seen.fold((usize::MAX, 0), |(l, h), s| (l.min(s.0 as usize), h.max(s.1 as usize)));
+    // Runs begin at multiples of 256 and vectors at multiples of 16, whatever is seen of them.
+    let (mut from, to) = (a.from.max(low - low % GRANULE), a.to.min(high));
+    while from < to {
+        let end = (from - from % RUN + RUN).min(to);
         // SAFETY: the lengths were checked above; offsets below stay within them.
         unsafe {
-            load::<S>(a, from, count);
             let scores = a.scratch.scores.as_mut_ptr();
-            let columns = count.next_multiple_of(GRANULE);
-            gemm::<S>(n, columns, dim, a.queries.as_ptr(), dim, a.scratch.keys.as_ptr(), CHUNK, scores, CHUNK, false);
+            for at in (from..end).step_by(CHUNK) {
+                let count = (end - at).min(CHUNK);
+                load_keys::<S>(a, at, count);
+                let keys = a.scratch.converted.as_ptr();
+                let columns = count.next_multiple_of(GRANULE);
+                gemm::<S>(n, columns, dim, a.queries.as_ptr(), dim, keys, CHUNK, scores.add(at - from), RUN, false);
+            }
+            let columns = (end - from).next_multiple_of(GRANULE);
             for q in 0..n {
                 let (low, high) = a.sight[q];
                 let low = (low as usize).saturating_sub(from).min(columns);
-                let high = (high as usize).saturating_sub(from).min(count);
-                let row = std::slice::from_raw_parts_mut(scores.add(q * CHUNK), columns);
+                let high = (high as usize).saturating_sub(from).min(end - from);
+                let row = std::slice::from_raw_parts_mut(scores.add(q * RUN), columns);
                 if low >= high {
                     row.fill(0.0);
                     continue;
@@ -122,14 +129,18 @@ pub unsafe fn attend<S: Simd>(a: &mut Attend) {
                 row[high..].fill(f32::NEG_INFINITY);
                 softmax_step::<S>(row, &mut a.max[q], &mut a.sum[q], &mut a.acc[q * width..(q + 1) * width]);
             }
-            let values = a.scratch.values.as_ptr();
-            gemm::<S>(n, width, count, scores, CHUNK, values, width, a.acc.as_mut_ptr(), width, true);
+            for at in (from..end).step_by(CHUNK) {
+                let count = (end - at).min(CHUNK);
+                load_values::<S>(a, at, count);
+                let values = a.scratch.converted.as_ptr();
+                gemm::<S>(n, width, count, scores.add(at - from), RUN, values, width, a.acc.as_mut_ptr(), width, true);
+            }
         }
-        from += count;
+        from = end;
     }
 }
 
-/// Turns a chunk's scores into weights relative to the new maximum, and brings what was summed before to it.
+/// Turns a run's scores into weights relative to the new maximum, and brings what was summed before to it.
 ///
 /// # Safety
 /// The CPU has `S`; lengths are multiples of 16.
@@ -163,63 +174,105 @@ unsafe fn softmax_step<S: Simd>(scores: &mut [f32], max: &mut f32, sum: &mut f32
     }
 }
 
-/// Converts `count` keys and values from number `from` on.
+/// Converts `count` keys from number `from` on into `(head_dim, CHUNK)`.
 ///
 /// # Safety
 /// As for [`attend`].
 #[inline(always)]
-unsafe fn load<S: Simd>(a: &mut Attend, from: usize, count: usize) {
-    let (dim, width) = (a.head_dim, padded(a.head_dim));
+unsafe fn load_keys<S: Simd>(a: &mut Attend, from: usize, count: usize) {
+    let dim = a.head_dim;
     let first = a.head * dim;
-    let Scratch { keys, values, row: temporary, .. } = &mut *a.scratch;
-    // SAFETY: `keys` is (dim, CHUNK), `values` (CHUNK, padded), count <= CHUNK.
+    let Scratch { converted, row: temporary, .. } = &mut *a.scratch;
+    // SAFETY: `converted` is (dim, CHUNK) or more, count <= CHUNK.
     unsafe {
-        let keys = keys.as_mut_ptr();
+        let keys = converted.as_mut_ptr();
         match a.source {
-            Source::Stored { k, v, blocks, rows_per_block } => {
-                let row_of = |key: usize| blocks[key / rows_per_block] as usize * rows_per_block + key % rows_per_block;
-                let has_granules = rows_per_block.is_multiple_of(GRANULE);
+            Source::Stored { k, blocks, rows_per_block, .. } => {
                 for i in (0..count).step_by(GRANULE) {
-                    let row = row_of(from + i);
-                    let last = (i + GRANULE).min(count);
-                    // What the next chunk needs is on its way while this one is computed.
-                    if has_granules && from + i + CHUNK < a.to {
-                        let next = row_of(from + i + CHUNK);
-                        k.prefetch::<S>(next / GRANULE, first, dim);
-                        v.prefetch::<S>(next, first);
-                    }
-                    if has_granules && k.is_whole(row) {
-                        k.read::<S>(row / GRANULE, first, dim, keys.add(i), CHUNK);
-                        for j in i..last {
-                            v.read::<S>(row + j - i, first, &mut values[j * width..j * width + dim]);
-                        }
-                    } else {
-                        for j in i..last {
-                            let row = row_of(from + j);
-                            k.read_row(row, first, dim, keys.add(j), CHUNK);
-                            v.read::<S>(row, first, &mut values[j * width..j * width + dim]);
-                        }
-                    }
-                }
-            }
-            Source::Hidden { ring, ring_base, capacity, fresh, first_fresh, fresh_base, first: first_seen } => {
-                for i in 0..count {
-                    let number = from + i;
-                    if number < first_seen {
-                        values[i * width..i * width + dim].fill(0.0);
+                    let row = cache_row(blocks, rows_per_block, from + i);
+                    if rows_per_block.is_multiple_of(GRANULE) && k.is_whole(row) {
+                        k.read::<S>(row, first, dim, keys.add(i), CHUNK);
                         continue;
                     }
-                    let ((k, v), row) = match number.checked_sub(first_fresh) {
-                        Some(i) => (fresh, fresh_base + i),
-                        None => (ring, ring_base + number % capacity),
-                    };
-                    k.read::<S>(row, first, temporary);
-                    for (d, x) in temporary.iter().enumerate() {
-                        *keys.add(d * CHUNK + i) = *x;
+                    for j in i..(i + GRANULE).min(count) {
+                        k.read_row(cache_row(blocks, rows_per_block, from + j), first, dim, keys.add(j), CHUNK);
                     }
-                    v.read::<S>(row, first, &mut values[i * width..i * width + dim]);
                 }
             }
+            Source::Hidden { .. } => {
+                for i in 0..count {
+                    if let Some(((k, _), row)) = a.source.hidden_row(from + i) {
+                        k.read::<S>(row, first, temporary);
+                        for (d, x) in temporary.iter().enumerate() {
+                            *keys.add(d * CHUNK + i) = *x;
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Converts `count` values from number `from` on into `(CHUNK, padded)`.
+///
+/// # Safety
+/// As for [`attend`].
+#[inline(always)]
+unsafe fn load_values<S: Simd>(a: &mut Attend, from: usize, count: usize) {
+    let (dim, width) = (a.head_dim, padded(a.head_dim));
+    let first = a.head * dim;
+    let values = &mut a.scratch.converted;
+    if width > dim {
+        values.fill(0.0); // the padding; keys were here
+    }
+    // SAFETY: the caller's.
+    unsafe {
+        match a.source {
+            Source::Stored { v, blocks, rows_per_block, .. } => {
+                for i in (0..count).step_by(GRANULE) {
+                    let last = (i + GRANULE).min(count);
+                    if rows_per_block.is_multiple_of(GRANULE) && width == dim && v.heads_are_apart(dim) {
+                        let row = cache_row(blocks, rows_per_block, from + i);
+                        v.read::<S>(row, first, &mut values[i * dim..last * dim]);
+                        continue;
+                    }
+                    for j in i..last {
+                        let row = cache_row(blocks, rows_per_block, from + j);
+                        v.read::<S>(row, first, &mut values[j * width..j * width + dim]);
+                    }
+                }
+            }
+            Source::Hidden { .. } => {
+                for i in 0..count {
+                    let to = &mut values[i * width..i * width + dim];
+                    match a.source.hidden_row(from + i) {
+                        Some(((_, v), row)) => v.read::<S>(row, first, to),
+                        None => to.fill(0.0),
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Where a stored row of a sequence lies.
+#[inline(always)]
+fn cache_row(blocks: &[u32], rows_per_block: usize, key: usize) -> usize {
+    blocks[key / rows_per_block] as usize * rows_per_block + key % rows_per_block
+}
+
+impl<'a> Source<'a> {
+    /// Where hidden token `number` lies, if it is among those that are there.
+    #[inline(always)]
+    fn hidden_row(&self, number: usize) -> Option<((&'a Rows, &'a Rows), usize)> {
+        match *self {
+            Source::Hidden { ring, ring_base, capacity, fresh, first_fresh, fresh_base, first } if number >= first => {
+                Some(match number.checked_sub(first_fresh) {
+                    Some(i) => (fresh, fresh_base + i),
+                    None => (ring, ring_base + number % capacity),
+                })
+            }
+            _ => None,
         }
     }
 }

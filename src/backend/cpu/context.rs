@@ -9,7 +9,7 @@ use super::matrix::{Activations, Needs, embedding_row};
 use super::packed::TILE;
 use super::pool::{Pool, Worker};
 use super::shared::Shared;
-use super::store::{GRANULE, Granules, Rows};
+use super::store::{Granules, Rows};
 use super::{Cpu, CpuLayer, Embedding, Projection};
 use crate::backend::{Context, ContextMemory, ContextOptions};
 use crate::cache::BlockCopy;
@@ -98,11 +98,11 @@ impl CpuContext {
         let available = std::thread::available_parallelism().map_or(1, |n| n.get());
         let n_threads = options.n_threads.clamp(1, available);
         let kind = options.cache_type;
-        let rows_of = |n: usize, granule: usize| Rows::new(kind, n, h.kv_dim(), h.head_dim, granule);
-        let natural = |n: usize| Ok::<_, Error>((rows_of(n, 1)?, rows_of(n, 1)?));
+        let rows_of = |n: usize| Rows::new(kind, n, h.kv_dim(), h.head_dim);
+        let natural = |n: usize| Ok::<_, Error>((rows_of(n)?, rows_of(n)?));
         let cached = || {
             let n = layout.cache_rows();
-            Ok::<_, Error>((Granules::new(kind, n, h.kv_dim())?, rows_of(n, GRANULE)?))
+            Ok::<_, Error>((Granules::new(kind, n, h.kv_dim(), h.head_dim)?, rows_of(n)?))
         };
         let scratch = |rows: usize, width: usize| Shared::new("scratch", rows, width);
         let group = h.n_heads / h.n_kv_heads;

@@ -9,9 +9,11 @@ use crate::tensor::{DType, dequantize_row, quantize_row};
 /// Cache rows whose keys are interleaved, and keys that attention takes at a time from one place.
 pub const GRANULE: usize = 16;
 
-/// Bytes of a Q8_0 block of 32, and of 16 of them interleaved.
+/// Bytes of a Q8_0 block of 32.
 const Q8_BLOCK: usize = 34;
-const Q8_GRANULE: usize = GRANULE * Q8_BLOCK;
+
+/// Bytes ahead of the current ones that are prefetched: a head's rows follow one another as long as its blocks do.
+const AHEAD: usize = 4096;
 
 fn encode(kind: CacheType, x: &[f32], out: &mut [u8]) {
     match kind {
@@ -27,121 +29,123 @@ fn encode(kind: CacheType, x: &[f32], out: &mut [u8]) {
     }
 }
 
-/// Rows of values (and of hidden keys), a head's part of `granule` rows together: `(granule, head, row of it, head_dim)`. With
-/// granules of one row that is `(row, width)`; with sixteen, what attention reads for a head is one stream.
-pub struct Rows {
+/// How a row is divided: a head's part of all rows lies together, so that attention reads a head as one stream. Q8_0 blocks that
+/// would straddle heads are not divided.
+#[derive(Clone, Copy)]
+struct Parts {
     kind: CacheType,
     rows: usize,
-    granule: usize,
-    row_bytes: usize,
-    /// A head's bytes in a row; the whole row where Q8_0 blocks straddle heads.
-    part_bytes: usize,
-    part_width: usize,
+    n: usize,
+    width: usize,
+    bytes: usize,
+}
+
+impl Parts {
+    fn new(kind: CacheType, rows: usize, width: usize, head_dim: usize) -> Parts {
+        let straddles = kind == CacheType::Q8_0 && !head_dim.is_multiple_of(32);
+        let part = if straddles { width } else { head_dim };
+        Parts { kind, rows, n: width / part, width: part, bytes: kind.row_bytes(part) }
+    }
+
+    fn buffer(&self) -> Result<Shared<u8>> {
+        Shared::new("the KV cache", self.rows, self.n * self.bytes)
+    }
+}
+
+/// Rows of values, and of hidden keys: `(head, row, head_dim)`.
+pub struct Rows {
+    parts: Parts,
     data: Shared<u8>,
 }
 
 impl Rows {
-    pub fn new(kind: CacheType, rows: usize, width: usize, head_dim: usize, granule: usize) -> Result<Rows> {
-        let row_bytes = kind.row_bytes(width);
-        let straddles = kind == CacheType::Q8_0 && !head_dim.is_multiple_of(32);
-        let part_width = if straddles { width } else { head_dim };
-        let part_bytes = kind.row_bytes(part_width);
-        let data = Shared::new("the KV cache", rows, row_bytes)?;
-        Ok(Rows { kind, rows, granule, row_bytes, part_bytes, part_width, data })
+    pub fn new(kind: CacheType, rows: usize, width: usize, head_dim: usize) -> Result<Rows> {
+        let parts = Parts::new(kind, rows, width, head_dim);
+        Ok(Rows { parts, data: parts.buffer()? })
     }
 
     pub fn bytes(&self) -> usize {
         self.data.bytes()
     }
 
+    /// Whether the elements of a head follow one another from row to row, without another head's or padding between.
+    pub fn heads_are_apart(&self, head_dim: usize) -> bool {
+        self.parts.width == head_dim && (self.parts.kind != CacheType::Q8_0 || head_dim.is_multiple_of(32))
+    }
+
     /// Where part `part` of a row lies.
     fn at(&self, row: usize, part: usize) -> usize {
-        let (first, lane) = (row - row % self.granule, row % self.granule);
-        let lanes = (self.rows - first).min(self.granule);
-        first * self.row_bytes + (part * lanes + lane) * self.part_bytes
+        (part * self.parts.rows + row) * self.parts.bytes
     }
 
     /// # Safety
     /// Nobody else touches this row meanwhile.
     pub unsafe fn write(&self, row: usize, x: &[f32]) {
-        for (part, x) in x.chunks_exact(self.part_width).enumerate() {
+        for (part, x) in x.chunks_exact(self.parts.width).enumerate() {
             // SAFETY: the caller's.
-            encode(self.kind, x, unsafe { self.data.slice_mut(self.at(row, part), self.part_bytes) });
+            encode(self.parts.kind, x, unsafe { self.data.slice_mut(self.at(row, part), self.parts.bytes) });
         }
     }
 
-    /// Both with granules of one row.
-    ///
     /// # Safety
     /// Nobody writes `src`'s row `from` or touches this row `to` meanwhile.
     pub unsafe fn copy_from(&self, to: usize, src: &Rows, from: usize) {
-        debug_assert!(self.granule == 1 && src.granule == 1);
-        // SAFETY: the caller's.
-        unsafe {
-            let source = src.data.slice(from * src.row_bytes, src.row_bytes);
-            self.data.slice_mut(to * self.row_bytes, self.row_bytes).copy_from_slice(source);
-        }
-    }
-
-    pub fn copy_within(&mut self, src: usize, dst: usize, rows: usize) {
-        for i in 0..rows {
-            for part in 0..self.row_bytes / self.part_bytes {
-                let (from, to) = (self.at(src + i, part), self.at(dst + i, part));
-                self.data.as_mut().copy_within(from..from + self.part_bytes, to);
+        for part in 0..self.parts.n {
+            // SAFETY: the caller's.
+            unsafe {
+                let source = src.data.slice(src.at(from, part), self.parts.bytes);
+                self.data.slice_mut(self.at(to, part), self.parts.bytes).copy_from_slice(source);
             }
         }
     }
 
-    /// Asks for a head's part of the whole granule that begins at `row`.
-    ///
-    /// # Safety
-    /// The CPU has `S`.
-    #[inline(always)]
-    pub unsafe fn prefetch<S: Simd>(&self, row: usize, first: usize) {
-        let start = self.at(row, first / self.part_width);
-        for line in (0..self.granule * self.part_bytes).step_by(64) {
-            // SAFETY: a prefetch may name any address.
-            unsafe { S::prefetch(self.data.as_ptr().wrapping_add(start + line)) };
+    pub fn copy_within(&mut self, src: usize, dst: usize, rows: usize) {
+        for part in 0..self.parts.n {
+            let (from, to) = (self.at(src, part), self.at(dst, part));
+            self.data.as_mut().copy_within(from..from + rows * self.parts.bytes, to);
         }
     }
 
-    /// Elements `first..first + out.len()` of a row as f32.
+    /// Elements of one head, from element `first` of the row on, as f32: of this row and, if `out` is longer than the head, of the
+    /// rows after it.
     ///
     /// # Safety
-    /// The CPU has `S`; nobody writes the row meanwhile.
+    /// The CPU has `S`; nobody writes the rows meanwhile.
     #[inline(always)]
     pub unsafe fn read<S: Simd>(&self, row: usize, first: usize, out: &mut [f32]) {
-        // SAFETY: the row is in bounds (slice checks), elements are those of a head, vectors end within `whole`.
+        let (part, first) = (first / self.parts.width, first % self.parts.width);
+        let n = out.len();
+        // SAFETY: slices check that the elements are there; vectors end within them.
         unsafe {
-            let (part, first) = (first / self.part_width, first % self.part_width);
-            let bytes = self.data.slice(self.at(row, part), self.part_bytes);
-            let n = out.len();
-            let whole = n - n % S::LANES;
-            match self.kind {
+            let at = self.at(row, part);
+            match self.parts.kind {
                 CacheType::F32 => {
-                    let bytes = &bytes[4 * first..4 * (first + n)];
-                    for i in (0..whole).step_by(S::LANES) {
-                        S::store(out.as_mut_ptr().add(i), S::load(bytes.as_ptr().add(4 * i).cast()));
-                    }
+                    let bytes = self.data.slice(at + 4 * first, 4 * n);
+                    vectors::<S, 4>(bytes.as_ptr(), out, |p| S::load(p.cast()));
+                    let whole = n - n % S::LANES;
                     dequantize_row(DType::F32, &bytes[4 * whole..], &mut out[whole..]);
                 }
                 CacheType::F16 => {
-                    let bytes = &bytes[2 * first..2 * (first + n)];
-                    for i in (0..whole).step_by(S::LANES) {
-                        S::store(out.as_mut_ptr().add(i), S::load_f16(bytes.as_ptr().add(2 * i).cast()));
-                    }
+                    let bytes = self.data.slice(at + 2 * first, 2 * n);
+                    vectors::<S, 2>(bytes.as_ptr(), out, |p| S::load_f16(p.cast()));
+                    let whole = n - n % S::LANES;
                     dequantize_row(DType::F16, &bytes[2 * whole..], &mut out[whole..]);
                 }
-                CacheType::Q8_0 if n.is_multiple_of(GRANULE) && first.is_multiple_of(GRANULE) => {
-                    for i in (0..n).step_by(S::LANES) {
-                        let e = first + i;
-                        let block = &bytes[e / 32 * Q8_BLOCK..][..Q8_BLOCK];
-                        let d = half::f16::from_le_bytes([block[0], block[1]]).to_f32();
-                        let q = S::load_i8(block.as_ptr().add(2 + e % 32).cast());
-                        S::store(out.as_mut_ptr().add(i), S::mul(q, S::splat(d)));
+                // Whole blocks.
+                CacheType::Q8_0 if n.is_multiple_of(32) && first.is_multiple_of(32) => {
+                    let bytes = self.data.slice(at + first / 32 * Q8_BLOCK, n / 32 * Q8_BLOCK);
+                    for (block, out) in bytes.as_chunks::<Q8_BLOCK>().0.iter().zip(out.as_chunks_mut::<32>().0) {
+                        S::prefetch(block.as_ptr().wrapping_add(AHEAD));
+                        let d = S::splat(half::f16::from_le_bytes([block[0], block[1]]).to_f32());
+                        let (mut q, mut to) = (block.as_ptr().add(2), out.as_mut_ptr());
+                        for _ in 0..32 / S::LANES {
+                            S::store(to, S::mul(S::load_i8(q.cast()), d));
+                            (q, to) = (q.add(S::LANES), to.add(S::LANES));
+                        }
                     }
                 }
                 CacheType::Q8_0 => {
+                    let bytes = self.data.slice(at, self.parts.bytes);
                     for (i, out) in out.iter_mut().enumerate() {
                         let e = first + i;
                         let block = &bytes[e / 32 * Q8_BLOCK..][..Q8_BLOCK];
@@ -150,6 +154,50 @@ impl Rows {
                     }
                 }
             }
+        }
+    }
+}
+
+/// Converts whole vectors of elements of `N` bytes.
+///
+/// # Safety
+/// The CPU has `S`; `out.len()` elements lie behind `p`.
+#[inline(always)]
+unsafe fn vectors<S: Simd, const N: usize>(mut p: *const u8, out: &mut [f32], load: impl Fn(*const u8) -> S::F) {
+    let mut to = out.as_mut_ptr();
+    // Pointers, not indices: their sums are not checked for overflow, and this is a fifth of a long context's time.
+    for _ in 0..out.len() / S::LANES {
+        // SAFETY: within the elements that the caller vouches for.
+        unsafe {
+            S::prefetch(p.wrapping_add(AHEAD));
+            S::store(to, load(p));
+            (p, to) = (p.add(N * S::LANES), to.add(S::LANES));
+        }
+    }
+}
+
+/// Converts `n` columns of 16 elements of `N` bytes into rows `stride` apart.
+///
+/// # Safety
+/// The CPU has `S`; the elements lie behind `p`, and room for them behind `out`.
+#[inline(always)]
+unsafe fn columns<S: Simd, const N: usize>(
+    mut p: *const u8,
+    n: usize,
+    mut out: *mut f32,
+    stride: usize,
+    load: impl Fn(*const u8) -> S::F,
+) {
+    for _ in 0..n {
+        // SAFETY: within what the caller vouches for.
+        unsafe {
+            S::prefetch(p.wrapping_add(AHEAD));
+            let mut to = out;
+            for _ in 0..GRANULE / S::LANES {
+                S::store(to, load(p));
+                (p, to) = (p.add(N * S::LANES), to.add(S::LANES));
+            }
+            out = out.add(stride);
         }
     }
 }
@@ -165,61 +213,64 @@ unsafe fn scatter<const N: usize>(elements: &[u8], to: *mut u8, stride: usize) {
     }
 }
 
-/// Rows interleaved by sixteens, so that a vector holds one element of 16 keys:
-/// `(granule, width, row 16)`; Q8_0: `(granule, block)` of `(32, row 16)` bytes and `(row 16)` f16 scales. The last granule
-/// may have fewer rows.
+/// Keys interleaved by sixteens, so that a vector holds one element of 16 keys: `(head, granule, head_dim, row 16)`; Q8_0:
+/// `(head, granule, block)` of `(32, row 16)` bytes and `(row 16)` f16 scales. The last granule may have fewer rows.
 pub struct Granules {
-    kind: CacheType,
-    row_bytes: usize,
-    rows: usize,
+    parts: Parts,
     data: Shared<u8>,
 }
 
+/// A part of a row within its granule.
+struct Lane {
+    /// Where the granule's part begins.
+    base: usize,
+    lanes: usize,
+    lane: usize,
+}
+
 impl Granules {
-    pub fn new(kind: CacheType, rows: usize, width: usize) -> Result<Granules> {
-        let row_bytes = kind.row_bytes(width);
-        Ok(Granules { kind, row_bytes, rows, data: Shared::new("the KV cache", rows, row_bytes)? })
+    pub fn new(kind: CacheType, rows: usize, width: usize, head_dim: usize) -> Result<Granules> {
+        let parts = Parts::new(kind, rows, width, head_dim);
+        Ok(Granules { parts, data: parts.buffer()? })
     }
 
     pub fn bytes(&self) -> usize {
         self.data.bytes()
     }
 
-    /// Rows in the granule of `row`.
-    fn lanes(&self, row: usize) -> usize {
-        (self.rows - (row - row % GRANULE)).min(GRANULE)
+    fn at(&self, row: usize, part: usize) -> Lane {
+        let first = row - row % GRANULE;
+        let lanes = (self.parts.rows - first).min(GRANULE);
+        Lane { base: (part * self.parts.rows + first) * self.parts.bytes, lanes, lane: row % GRANULE }
     }
 
     /// Whether [`Granules::read`] can take the 16 rows from `row` on.
     pub fn is_whole(&self, row: usize) -> bool {
-        row.is_multiple_of(GRANULE) && self.lanes(row) == GRANULE
+        row.is_multiple_of(GRANULE) && row + GRANULE <= self.parts.rows
     }
 
-    /// Where a row's part of its granule begins, and the step from one of its elements to the next.
-    fn lane(&self, row: usize) -> (usize, usize) {
-        (row / GRANULE * GRANULE * self.row_bytes, self.lanes(row))
-    }
-
-    /// `scratch` has room for an encoded row.
+    /// `scratch` has room for a head's part of an encoded row.
     ///
     /// # Safety
     /// Nobody else touches this row meanwhile.
     pub unsafe fn write(&self, row: usize, x: &[f32], scratch: &mut [u8]) {
-        let encoded = &mut scratch[..self.row_bytes];
-        encode(self.kind, x, encoded);
-        let ((base, lanes), lane) = (self.lane(row), row % GRANULE);
-        assert!(base + lanes * self.row_bytes <= self.data.len());
-        // SAFETY: elements of this row only, within the granule that was checked to be in bounds.
-        unsafe {
-            let granule = self.data.as_ptr().add(base);
-            match self.kind {
-                CacheType::F32 => scatter::<4>(encoded, granule.add(4 * lane), lanes),
-                CacheType::F16 => scatter::<2>(encoded, granule.add(2 * lane), lanes),
-                CacheType::Q8_0 => {
-                    for (i, block) in encoded.chunks_exact(Q8_BLOCK).enumerate() {
-                        let to = granule.add(i * lanes * Q8_BLOCK);
-                        scatter::<2>(&block[..2], to.add(32 * lanes + 2 * lane), lanes);
-                        scatter::<1>(&block[2..], to.add(lane), lanes);
+        let encoded = &mut scratch[..self.parts.bytes];
+        for (part, x) in x.chunks_exact(self.parts.width).enumerate() {
+            encode(self.parts.kind, x, encoded);
+            let Lane { base, lanes, lane } = self.at(row, part);
+            assert!(base + lanes * self.parts.bytes <= self.data.len());
+            // SAFETY: elements of this row only, within the granule that was checked to be in bounds.
+            unsafe {
+                let granule = self.data.as_ptr().add(base);
+                match self.parts.kind {
+                    CacheType::F32 => scatter::<4>(encoded, granule.add(4 * lane), lanes),
+                    CacheType::F16 => scatter::<2>(encoded, granule.add(2 * lane), lanes),
+                    CacheType::Q8_0 => {
+                        for (i, block) in encoded.chunks_exact(Q8_BLOCK).enumerate() {
+                            let to = granule.add(i * lanes * Q8_BLOCK);
+                            scatter::<2>(&block[..2], to.add(32 * lanes + 2 * lane), lanes);
+                            scatter::<1>(&block[2..], to.add(lane), lanes);
+                        }
                     }
                 }
             }
@@ -227,108 +278,86 @@ impl Granules {
     }
 
     pub fn copy_within(&mut self, src: usize, dst: usize, rows: usize) {
-        let kind = self.kind;
-        for i in 0..rows {
-            let ((from, from_lanes), from_lane) = (self.lane(src + i), (src + i) % GRANULE);
-            let ((to, to_lanes), to_lane) = (self.lane(dst + i), (dst + i) % GRANULE);
-            let n_blocks = self.row_bytes / Q8_BLOCK;
+        let Parts { kind, n, bytes, .. } = self.parts;
+        for (i, part) in (0..rows).flat_map(|i| (0..n).map(move |part| (i, part))) {
+            let (from, to) = (self.at(src + i, part), self.at(dst + i, part));
             let data = self.data.as_mut();
             let mut copy = |from: usize, to: usize, n: usize| data.copy_within(from..from + n, to);
             match kind {
                 CacheType::F32 | CacheType::F16 => {
                     let size = if kind == CacheType::F32 { 4 } else { 2 };
-                    for e in 0..self.row_bytes / size {
-                        let place = |base, lanes, lane| base + (e * lanes + lane) * size;
-                        copy(place(from, from_lanes, from_lane), place(to, to_lanes, to_lane), size);
-                    }
+                    let place = |l: &Lane, e: usize| l.base + (e * l.lanes + l.lane) * size;
+                    (0..bytes / size).for_each(|e| copy(place(&from, e), place(&to, e), size));
                 }
                 CacheType::Q8_0 => {
-                    for block in 0..n_blocks {
-                        let (from, to) = (from + block * from_lanes * Q8_BLOCK, to + block * to_lanes * Q8_BLOCK);
-                        for e in 0..32 {
-                            copy(from + e * from_lanes + from_lane, to + e * to_lanes + to_lane, 1);
-                        }
-                        copy(from + 32 * from_lanes + 2 * from_lane, to + 32 * to_lanes + 2 * to_lane, 2);
+                    let block = |l: &Lane, b: usize| l.base + b * l.lanes * Q8_BLOCK;
+                    let scale = |l: &Lane, b: usize| block(l, b) + 32 * l.lanes + 2 * l.lane;
+                    let quant = |l: &Lane, b: usize, e: usize| block(l, b) + e * l.lanes + l.lane;
+                    for b in 0..bytes / Q8_BLOCK {
+                        (0..32).for_each(|e| copy(quant(&from, b, e), quant(&to, b, e), 1));
+                        copy(scale(&from, b), scale(&to, b), 2);
                     }
                 }
             }
         }
     }
 
-    /// Asks for `n` elements from `first` on of a whole granule.
-    ///
-    /// # Safety
-    /// The CPU has `S`.
-    #[inline(always)]
-    pub unsafe fn prefetch<S: Simd>(&self, granule: usize, first: usize, n: usize) {
-        let row = GRANULE * self.row_bytes;
-        let (start, len) = match self.kind {
-            CacheType::F32 => (first * GRANULE * 4, n * GRANULE * 4),
-            CacheType::F16 => (first * GRANULE * 2, n * GRANULE * 2),
-            CacheType::Q8_0 => (first / 32 * Q8_GRANULE, n.div_ceil(32) * Q8_GRANULE),
-        };
-        for line in (0..len).step_by(64) {
-            // SAFETY: a prefetch may name any address.
-            unsafe { S::prefetch(self.data.as_ptr().wrapping_add(granule * row + start + line)) };
-        }
-    }
-
-    /// Elements `first..first + n` of a whole granule's 16 rows as f32 into `out[element][stride]`, 16 at a time.
+    /// Elements `first..first + n`, of one head, of the whole granule at `row` as f32 into `out[element][stride]`, 16 at a time.
     ///
     /// # Safety
     /// The CPU has `S`; nobody writes the granule meanwhile; `out` has room.
     #[inline(always)]
-    pub unsafe fn read<S: Simd>(&self, granule: usize, first: usize, n: usize, out: *mut f32, stride: usize) {
+    pub unsafe fn read<S: Simd>(&self, row: usize, first: usize, n: usize, out: *mut f32, stride: usize) {
         // SAFETY: elements of a head lie within the row; the caller's for the rest.
         unsafe {
-            let bytes = self.data.slice(granule * GRANULE * self.row_bytes, GRANULE * self.row_bytes);
-            match self.kind {
+            let (part, first) = (first / self.parts.width, first % self.parts.width);
+            let bytes = self.data.slice(self.at(row, part).base, GRANULE * self.parts.bytes);
+            match self.parts.kind {
                 CacheType::F32 => {
                     let bytes = &bytes[first * GRANULE * 4..(first + n) * GRANULE * 4];
-                    for i in 0..n {
-                        for lane in (0..GRANULE).step_by(S::LANES) {
-                            let x = S::load(bytes.as_ptr().add((i * GRANULE + lane) * 4).cast());
-                            S::store(out.add(i * stride + lane), x);
-                        }
-                    }
+                    columns::<S, 4>(bytes.as_ptr(), n, out, stride, |p| S::load(p.cast()));
                 }
                 CacheType::F16 => {
                     let bytes = &bytes[first * GRANULE * 2..(first + n) * GRANULE * 2];
-                    for i in 0..n {
-                        for lane in (0..GRANULE).step_by(S::LANES) {
-                            let x = S::load_f16(bytes.as_ptr().add((i * GRANULE + lane) * 2).cast());
-                            S::store(out.add(i * stride + lane), x);
-                        }
-                    }
+                    columns::<S, 2>(bytes.as_ptr(), n, out, stride, |p| S::load_f16(p.cast()));
                 }
                 CacheType::Q8_0 => {
-                    for i in 0..n {
-                        let e = first + i;
-                        let block = &bytes[e / 32 * Q8_GRANULE..][..Q8_GRANULE];
+                    let mut done = 0;
+                    while done < n {
+                        let e = first + done;
+                        let some = (32 - e % 32).min(n - done);
+                        let block = &bytes[e / 32 * GRANULE * Q8_BLOCK..][..GRANULE * Q8_BLOCK];
                         for lane in (0..GRANULE).step_by(S::LANES) {
                             let d = S::load_f16(block.as_ptr().add(32 * GRANULE + 2 * lane).cast());
-                            let q = S::load_i8(block.as_ptr().add(e % 32 * GRANULE + lane).cast());
-                            S::store(out.add(i * stride + lane), S::mul(q, d));
+                            let mut q = block.as_ptr().add(e % 32 * GRANULE + lane);
+                            let mut to = out.add(done * stride + lane);
+                            for _ in 0..some {
+                                S::prefetch(q.wrapping_add(AHEAD));
+                                S::store(to, S::mul(S::load_i8(q.cast()), d));
+                                (q, to) = (q.add(GRANULE), to.add(stride));
+                            }
                         }
+                        done += some;
                     }
                 }
             }
         }
     }
 
-    /// Elements `first..first + n` of one row, into `out[element * stride]`.
+    /// Elements `first..first + n`, of one head, of one row, into `out[element * stride]`.
     ///
     /// # Safety
     /// Nobody writes the row meanwhile; `out` has room.
     pub unsafe fn read_row(&self, row: usize, first: usize, n: usize, out: *mut f32, stride: usize) {
-        let (lane, lanes) = (row % GRANULE, self.lanes(row));
+        let (part, first) = (first / self.parts.width, first % self.parts.width);
+        let Lane { base, lanes, lane } = self.at(row, part);
         // SAFETY: the caller's.
         unsafe {
-            let bytes = self.data.slice(row / GRANULE * GRANULE * self.row_bytes, lanes * self.row_bytes);
+            let bytes = self.data.slice(base, lanes * self.parts.bytes);
             let half = |at: usize| half::f16::from_le_bytes([bytes[at], bytes[at + 1]]).to_f32();
             for i in 0..n {
                 let e = first + i;
-                let x = match self.kind {
+                let x = match self.parts.kind {
                     CacheType::F32 => {
                         let at = (e * lanes + lane) * 4;
                         f32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]])

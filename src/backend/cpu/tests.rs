@@ -358,9 +358,9 @@ fn attention_is_right_for_every_cache() {
             // Blocks in reverse order, and one that is not ours.
             let blocks: Vec<u32> = (1..=n_blocks as u32).rev().collect();
             let rows = (n_blocks + 1) * c.rows_per_block; // mostly no multiple of 16
-            let rows_of = |n: usize, granule: usize| Rows::new(kind, n, width, c.head_dim, granule).unwrap();
-            let (k, v) = (Granules::new(kind, rows, width).unwrap(), rows_of(rows, 16));
-            let natural = |n: usize| (rows_of(n, 1), rows_of(n, 1));
+            let rows_of = |n: usize| Rows::new(kind, n, width, c.head_dim).unwrap();
+            let (k, v) = (Granules::new(kind, rows, width, c.head_dim).unwrap(), rows_of(rows));
+            let natural = |n: usize| (rows_of(n), rows_of(n));
             let capacity = c.hidden + 2;
             let (ring, fresh) = (natural(2 * capacity), natural(c.hidden + 3));
             let mut encoded = vec![0; kind.row_bytes(width)];
