@@ -148,7 +148,7 @@ pub struct Desc {
 pub struct Model {
     pub(crate) hyper: Arc<Hyper>,
     pub(crate) backend: Arc<dyn Backend>,
-    tokenizer: Option<Tokenizer>,
+    tokenizer: Option<Arc<Tokenizer>>,
     desc: Desc,
 }
 
@@ -171,18 +171,33 @@ impl Model {
             Description::Hub(files) => from_hub(&checkpoint, &files.config)?,
             Description::Gguf(metadata) => from_gguf(&checkpoint, metadata)?,
         };
-        if let Some((copies, window, chunk)) = options.rules {
-            if hyper.rules.attention == Attention::Full {
-                return Err(invalid!("copies, window and chunk of a {} model cannot be changed", hyper.family));
-            }
-            hyper.rules = Rules { copies, window, chunk, attention: Attention::Hidden };
-            hyper.rules.check()?;
+        if let Some(rules) = options.rules {
+            hyper.rules = other_rules(&hyper, rules)?;
         }
         let desc = describe(&hyper, &checkpoint);
         let hyper = Arc::new(hyper);
         let backend = backend::prepare(hyper.clone(), weights, options.backend, &mut |f| report(0.3 + 0.7 * f))?;
         report(1.0)?;
-        Ok(Model { hyper, backend, tokenizer, desc })
+        Ok(Model { hyper, backend, tokenizer: tokenizer.map(Arc::new), desc })
+    }
+
+    /// The same weights, shared, run with other (copies, window, chunk): see [`LoadOptions::rules`].
+    ///
+    /// # Errors
+    /// `InvalidArgument` for rules out of range, or a model of Sequential Hidden Decoding.
+    pub fn with_rules(&self, rules: (usize, usize, usize)) -> Result<Model> {
+        let rules = other_rules(&self.hyper, rules)?;
+        Ok(Model {
+            hyper: Arc::new(Hyper { rules, ..(*self.hyper).clone() }),
+            backend: self.backend.clone(),
+            tokenizer: self.tokenizer.clone(),
+            desc: Desc { rules, ..self.desc.clone() },
+        })
+    }
+
+    /// Bytes of weights that one pass reads.
+    pub fn pass_bytes(&self) -> usize {
+        self.backend.pass_bytes()
     }
 
     pub fn desc(&self) -> Desc {
@@ -191,13 +206,22 @@ impl Model {
 
     /// `None` if the checkpoint has none: token ids only.
     pub fn tokenizer(&self) -> Option<&Tokenizer> {
-        self.tokenizer.as_ref()
+        self.tokenizer.as_deref()
     }
 
     /// What computes: the backend and its variant.
     pub fn backend_name(&self) -> String {
         self.backend.name()
     }
+}
+
+fn other_rules(hyper: &Hyper, (copies, window, chunk): (usize, usize, usize)) -> Result<Rules> {
+    if hyper.rules.attention == Attention::Full {
+        return Err(invalid!("copies, window and chunk of a {} model cannot be changed", hyper.family));
+    }
+    let rules = Rules { copies, window, chunk, attention: Attention::Hidden };
+    rules.check()?;
+    Ok(rules)
 }
 
 fn describe(hyper: &Hyper, checkpoint: &Checkpoint) -> Desc {

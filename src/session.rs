@@ -331,7 +331,7 @@ fn log_probability(logits: &[f32], token: usize) -> f32 {
 }
 
 /// One thread for each physical core that affinity and the container's CPU quota leave to this process.
-fn default_threads() -> usize {
+pub fn default_threads() -> usize {
     let allowed = std::thread::available_parallelism().map_or(1, |n| n.get());
     allowed.min(num_cpus::get_physical()).max(1)
 }

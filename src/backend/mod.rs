@@ -56,6 +56,8 @@ pub struct ContextMemory {
 pub trait Backend: Send + Sync {
     fn name(&self) -> String;
     fn weight_bytes(&self) -> usize;
+    /// Bytes of weights that a pass reads: all but embedding tables.
+    fn pass_bytes(&self) -> usize;
     fn context(self: Arc<Self>, options: &ContextOptions) -> Result<Box<dyn Context>>;
 }
 

@@ -8,7 +8,7 @@ use super::{Backend, CacheType, Context, ContextMemory, ContextOptions};
 use crate::cache::BlockCopy;
 use crate::error::{Error, Result};
 use crate::model::{Hyper, Layer, Linear, NormPlacement, QkNorm, RopePairs, Weights};
-use crate::schedule::{Plan, Row, Store};
+use crate::schedule::{Plan, Row, Rules, Store};
 use crate::tensor::{DType, dequantize_row, quantize_row};
 
 pub struct Reference {
@@ -41,6 +41,13 @@ impl Backend for Reference {
         let embeddings: usize = self.weights.embeddings.iter().map(|e| e.data.len()).sum();
         let is_tied = self.weights.head.name == self.weights.embeddings[0].name;
         layers + embeddings + if is_tied { 0 } else { self.weights.head.data.len() } + self.weights.norm.len() * 4
+    }
+
+    fn pass_bytes(&self) -> usize {
+        let linear = |l: &Linear| l.weight.data.len();
+        let layer =
+            |l: &Layer| [&l.q, &l.k, &l.v, &l.o, &l.gate, &l.up, &l.down].into_iter().map(linear).sum::<usize>();
+        self.weights.layers.iter().map(layer).sum::<usize>() + self.weights.head.data.len()
     }
 
     fn context(self: Arc<Self>, options: &ContextOptions) -> Result<Box<dyn Context>> {
@@ -172,7 +179,7 @@ impl ReferenceContext {
             (0..h.n_layers).map(|_| KeyValues::new(options.cache_type, n, h.kv_dim())).collect()
         };
         // The longest sight: every stored row and the window.
-        let max_visible = layout.n_positions * layout.stored_copies + layout.ring_capacity + h.rules.copies;
+        let max_visible = layout.n_positions * layout.stored_copies + layout.ring_capacity + Rules::MAX_COPIES;
         let mut visible = Vec::new();
         visible
             .try_reserve_exact(max_visible)

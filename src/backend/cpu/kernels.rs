@@ -59,6 +59,8 @@ pub struct Kernels {
     /// (gate, up): `gate = silu(gate) up`.
     pub silu: unsafe fn(&mut [f32], &[f32]),
     pub attend: unsafe fn(&mut Attend),
+    /// Reads memory as fast as the vectors go; the result is there to be wanted.
+    pub read: unsafe fn(&[u8]) -> i32,
 }
 
 /// The group that row `row` of `n` belongs to, as (first row, rows): `n` rows are cut into groups that kernels exist for.
@@ -587,6 +589,26 @@ unsafe fn silu<S: Simd>(gate: &mut [f32], up: &[f32]) {
     }
 }
 
+/// # Safety
+/// The CPU has `S`.
+#[inline(always)]
+unsafe fn read<S: Simd>(bytes: &[u8]) -> i32 {
+    // SAFETY: blocks of 256 bytes are whole vectors of every instruction set.
+    unsafe {
+        let mut seen = [S::load_b([0u8; 64].as_ptr()); 4];
+        for block in bytes.as_chunks::<256>().0 {
+            for i in 0..4 {
+                S::prefetch(block.as_ptr().wrapping_add(64 * i + AHEAD));
+                for part in (0..64).step_by(4 * S::LANES) {
+                    seen[i] = S::or(seen[i], S::load_b(block.as_ptr().add(64 * i + part)));
+                }
+            }
+        }
+        let seen = S::or(S::or(seen[0], seen[1]), S::or(seen[2], seen[3]));
+        S::reduce_add_i(S::dot(S::splat_i(0), S::bits(seen, 0, 0, 1), 0x0101_0101))
+    }
+}
+
 /// The entry points of one instruction set: the same code inside functions that may use its instructions.
 macro_rules! instruction_set {
     ($(#[$condition:meta])* $module:ident, $simd:ty, $variant:expr, [$($feature:literal)?], [$($k:literal)*], [$($kf:literal)*]) => {
@@ -653,6 +675,12 @@ macro_rules! instruction_set {
                 unsafe { attention::attend::<$simd>(a) }
             }
 
+            $(#[target_feature(enable = $feature)])?
+            unsafe fn read_bytes(bytes: &[u8]) -> i32 {
+                // SAFETY: see above.
+                unsafe { read::<$simd>(bytes) }
+            }
+
             pub static KERNELS: Kernels = Kernels {
                 variant: $variant,
                 int_rows: <$simd>::INT_ROWS,
@@ -662,6 +690,7 @@ macro_rules! instruction_set {
                 norm: norm_row,
                 silu: silu_row,
                 attend,
+                read: read_bytes,
             };
         }
     };

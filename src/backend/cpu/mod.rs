@@ -1,6 +1,7 @@
 //! The CPU backend: packed weights, kernels chosen at run time, threads that carry out a step together.
 
 mod attention;
+mod bandwidth;
 mod context;
 #[cfg(feature = "ggml")]
 mod ggml;
@@ -15,6 +16,8 @@ mod store;
 mod tests;
 
 use std::sync::Arc;
+
+pub use self::bandwidth::read_bandwidth;
 
 use self::context::CpuContext;
 use self::kernels::Kernels;
@@ -150,31 +153,36 @@ impl Cpu {
         Ok(cpu)
     }
 
+    fn matrices(&self) -> impl Iterator<Item = &Matrix> {
+        let projections = self.layers.iter().flat_map(CpuLayer::projections);
+        projections.map(|p| &p.matrix).chain([&self.head])
+    }
+
     /// Sums up what the matrices are and want.
     fn measure(&mut self) {
-        let mut floats = self.norm.len();
-        let (mut bytes, mut scratch, mut has_ggml) = (0, 0, false);
-        let mut count = |m: &Matrix| {
-            bytes += m.bytes();
-            scratch = m.scratch().max(scratch);
-            has_ggml |= m.uses_ggml();
-        };
-        count(&self.head);
-        for l in &self.layers {
-            floats += l.attention_norm.len() + l.ffn_norm.len() + l.q_norm.len() + l.k_norm.len();
-            for p in [&l.q, &l.k, &l.v, &l.o, &l.gate, &l.up, &l.down] {
-                count(&p.matrix);
-                floats += p.bias.as_ref().map_or(0, Vec::len);
-            }
-        }
-        for e in &self.embeddings {
-            if let Embedding::Stored(table) = e {
-                bytes += table.data.len();
-            }
-        }
-        self.weight_bytes = bytes + 4 * floats;
-        self.convert_scratch = scratch;
+        let vectors: usize = self
+            .layers
+            .iter()
+            .map(|l| {
+                let biases: usize = l.projections().iter().map(|p| p.bias.as_ref().map_or(0, Vec::len)).sum();
+                l.attention_norm.len() + l.ffn_norm.len() + l.q_norm.len() + l.k_norm.len() + biases
+            })
+            .sum();
+        let tables = self.embeddings.iter().map(|e| match e {
+            Embedding::Stored(table) => table.data.len(),
+            Embedding::Head => 0,
+        });
+        self.weight_bytes =
+            self.matrices().map(Matrix::bytes).sum::<usize>() + tables.sum::<usize>() + 4 * (vectors + self.norm.len());
+        self.convert_scratch = self.matrices().map(Matrix::scratch).max().unwrap_or(0);
+        let has_ggml = self.matrices().any(Matrix::uses_ggml);
         self.has_ggml = has_ggml;
+    }
+}
+
+impl CpuLayer {
+    fn projections(&self) -> [&Projection; 7] {
+        [&self.q, &self.k, &self.v, &self.o, &self.gate, &self.up, &self.down]
     }
 }
 
@@ -237,6 +245,10 @@ impl Backend for Cpu {
 
     fn weight_bytes(&self) -> usize {
         self.weight_bytes
+    }
+
+    fn pass_bytes(&self) -> usize {
+        self.matrices().map(Matrix::bytes).sum()
     }
 
     fn context(self: Arc<Self>, options: &ContextOptions) -> Result<Box<dyn Context>> {

@@ -1,8 +1,10 @@
-//! `phd bench`: prefill and step times for several K.
+//! `phd bench`: prefill and step times for several K, side by side.
 
-use std::time::Instant;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use clap::Args;
+use phd::Session;
 use serde_json::json;
 
 use crate::{Common, Failure};
@@ -14,10 +16,16 @@ pub struct Bench {
     /// Tokens of the prompt
     #[arg(long, default_value_t = 512)]
     prompt: usize,
-    /// Steps after it; the median counts
-    #[arg(long, default_value_t = 16)]
+    /// Cached positions at which steps are timed
+    #[arg(long, value_delimiter = ',', default_value = "512")]
+    context: Vec<usize>,
+    /// Timed steps of each K; the median counts
+    #[arg(long, default_value_t = 32)]
     steps: usize,
-    /// The K to time
+    /// Timed prefills of each K; the median counts
+    #[arg(long, default_value_t = 3)]
+    prefills: usize,
+    /// The K to time, in turn; ratios are to the first
     #[arg(long, value_delimiter = ',', default_value = "1,2,3,4")]
     copies_list: Vec<usize>,
     /// Print JSON
@@ -25,68 +33,161 @@ pub struct Bench {
     json: bool,
 }
 
-struct Figures {
+/// Steps of one K before another has its turn.
+const TURN: usize = 4;
+
+struct Contender {
     copies: usize,
-    prefill_ms: f64,
-    step_ms: f64,
+    session: Session,
+    prefill_ms: Vec<f64>,
+    step_ms: Vec<f64>,
 }
 
 impl Bench {
     pub fn execute(&self) -> Result<(), Failure> {
-        if self.prompt == 0 || self.steps == 0 || self.copies_list.is_empty() {
-            return Err("--prompt, --steps and --copies-list need at least one".into());
+        if self.steps == 0 || self.copies_list.is_empty() || self.context.contains(&0) {
+            return Err("--steps, --copies-list and --context need at least one".into());
         }
-        let mut figures = Vec::new();
-        let mut backend = String::new();
+        let model = self.common.load()?;
+        let mut contexts = self.context.clone();
+        contexts.sort_unstable();
+        let room = self.prompt.max(contexts[contexts.len() - 1]) + contexts.len() * 2 * (self.steps + TURN);
+        let mut all = Vec::new();
         for &copies in &self.copies_list {
             let hidden = if copies > 1 { (self.common.window, self.common.chunk) } else { (0, 0) };
-            let model = self.common.load_as(Some((copies, hidden.0, hidden.1)))?;
-            backend = model.backend_name();
-            let mut session = self.common.session(&model, self.prompt + self.steps)?;
-            let n_vocab = model.desc().n_vocab;
-            let tokens: Vec<i32> = (0..self.prompt).map(|i| (i * 7919 % n_vocab) as i32).collect();
-            let begin = Instant::now();
-            session.prefill(0, &tokens)?;
-            let prefill_ms = begin.elapsed().as_secs_f64() * 1e3;
-            let mut steps = Vec::with_capacity(self.steps);
-            for i in 0..self.steps {
-                let begin = Instant::now();
-                session.step(0, tokens[i % tokens.len()])?;
-                steps.push(begin.elapsed().as_secs_f64() * 1e3);
-            }
-            steps.sort_by(f64::total_cmp);
-            figures.push(Figures { copies, prefill_ms, step_ms: steps[steps.len() / 2] });
+            let model = Arc::new(model.with_rules((copies, hidden.0, hidden.1))?);
+            let session = self.common.session(&model, room)?;
+            all.push(Contender { copies, session, prefill_ms: Vec::new(), step_ms: Vec::new() });
         }
-        let base = &figures[0];
+        let n_vocab = model.desc().n_vocab;
+        let token = |i: usize| (i * 7919 % n_vocab) as i32;
+        let tokens: Vec<i32> = (0..room).map(token).collect();
+        // Threads of the session that had its turn go to sleep, before another's are timed.
+        let pause = || std::thread::sleep(Duration::from_millis(2));
+
+        let rounds = if self.prompt == 0 { 0 } else { self.prefills };
+        let bar = indicatif::ProgressBar::new((rounds + contexts.len()) as u64).with_message("timing");
+        for _ in 0..rounds {
+            for c in &mut all {
+                pause();
+                c.session.truncate(0, 0)?;
+                let begin = Instant::now();
+                c.session.prefill(0, &tokens[..self.prompt])?;
+                c.prefill_ms.push(begin.elapsed().as_secs_f64() * 1e3);
+            }
+            bar.inc(1);
+        }
+        let threads = if self.common.threads == 0 { num_threads() } else { self.common.threads };
+        let bandwidth = phd::backend::cpu::read_bandwidth(threads)?;
+        let mut rows = Vec::new();
+        for &context in &contexts {
+            for c in &mut all {
+                if c.session.len(0)? > context {
+                    c.session.truncate(0, context)?;
+                }
+                let len = c.session.len(0)?;
+                if len < context {
+                    c.session.prefill(0, &tokens[len..context])?;
+                }
+                c.step_ms.clear();
+            }
+            for _ in 0..self.steps.div_ceil(TURN) {
+                for c in &mut all {
+                    pause();
+                    let len = c.session.len(0)?;
+                    c.session.step(0, tokens[len])?;
+                    for i in 1..=TURN {
+                        let begin = Instant::now();
+                        c.session.step(0, tokens[len + i])?;
+                        c.step_ms.push(begin.elapsed().as_secs_f64() * 1e3);
+                    }
+                }
+            }
+            let base = median(&mut all[0].step_ms);
+            for c in &mut all {
+                let ms = median(&mut c.step_ms);
+                let cache = c.session.memory().cache as f64 * context as f64 / room as f64;
+                let bytes = model.pass_bytes() as f64 + cache;
+                rows.push(Row {
+                    context,
+                    copies: c.copies,
+                    ms,
+                    ratio: ms / base,
+                    gb_per_s: bytes / ms * 1e-6,
+                    share: bytes / ms * 1e3 / bandwidth,
+                });
+            }
+            bar.inc(1);
+        }
+        bar.finish_and_clear();
+        let backend = model.backend_name();
         if self.json {
-            let rows: Vec<_> = figures
-                .iter()
-                .map(|f| {
-                    json!({
-                        "copies": f.copies, "prefill_ms": f.prefill_ms, "step_ms": f.step_ms,
-                        "prefill_tokens_per_second": self.prompt as f64 / f.prefill_ms * 1e3,
-                        "step_tokens_per_second": 1e3 / f.step_ms,
-                        "prefill_ratio": f.prefill_ms / base.prefill_ms, "step_ratio": f.step_ms / base.step_ms,
-                    })
+            let base = all[0].prefill_ms.clone();
+            let prefill: Vec<_> = all
+                .iter_mut()
+                .filter(|c| !c.prefill_ms.is_empty())
+                .map(|c| {
+                    let (ms, base) = (median(&mut c.prefill_ms), median(&mut base.clone()));
+                    json!({"copies": c.copies, "ms": ms, "tokens_per_second": self.prompt as f64 / ms * 1e3, "ratio": ms / base})
                 })
                 .collect();
-            println!("{}", json!({"backend": backend, "prompt": self.prompt, "steps": self.steps, "results": rows}));
+            let steps: Vec<_> = rows
+                .iter()
+                .map(|r| {
+                    json!({"context": r.context, "copies": r.copies, "ms": r.ms, "tokens_per_second": 1e3 / r.ms,
+                        "ratio": r.ratio, "gb_per_second": r.gb_per_s, "share_of_bandwidth": r.share})
+                })
+                .collect();
+            let result = json!({"backend": backend, "threads": threads, "prompt": self.prompt,
+                "read_gb_per_second": bandwidth * 1e-9, "weight_bytes_per_pass": model.pass_bytes(),
+                "prefill": prefill, "steps": steps});
+            println!("{result}");
             return Ok(());
         }
-        println!("{backend}; prompt of {}, median of {} steps; ratios to K = {}", self.prompt, self.steps, base.copies);
-        println!("   K  prefill ms     tok/s  ratio     step ms     tok/s  ratio");
-        for f in &figures {
+        println!(
+            "{backend}, {threads} threads, {} of weights a pass; memory reads at {:.1} GB/s here",
+            crate::mib(model.pass_bytes()),
+            bandwidth * 1e-9
+        );
+        if rounds > 0 {
+            println!("\nprefill of {}, median of {rounds}\n   K          ms     tok/s  ratio", self.prompt);
+            let base = median(&mut all[0].prefill_ms);
+            for c in &mut all {
+                let ms = median(&mut c.prefill_ms);
+                println!("{:4} {ms:11.1} {:9.1} {:6.2}", c.copies, self.prompt as f64 / ms * 1e3, ms / base);
+            }
+        }
+        println!("\nsteps, median of {}\n context    K          ms     tok/s  ratio    GB/s  of bandwidth", self.steps);
+        for r in &rows {
             println!(
-                "{:4} {:11.1} {:9.1} {:6.2} {:11.2} {:9.1} {:6.2}",
-                f.copies,
-                f.prefill_ms,
-                self.prompt as f64 / f.prefill_ms * 1e3,
-                f.prefill_ms / base.prefill_ms,
-                f.step_ms,
-                1e3 / f.step_ms,
-                f.step_ms / base.step_ms
+                "{:8} {:4} {:11.2} {:9.1} {:6.2} {:7.1} {:12.0}%",
+                r.context,
+                r.copies,
+                r.ms,
+                1e3 / r.ms,
+                r.ratio,
+                r.gb_per_s,
+                100.0 * r.share
             );
         }
         Ok(())
     }
+}
+
+struct Row {
+    context: usize,
+    copies: usize,
+    ms: f64,
+    ratio: f64,
+    gb_per_s: f64,
+    share: f64,
+}
+
+fn median(values: &mut [f64]) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
+}
+
+fn num_threads() -> usize {
+    phd::session::default_threads()
 }
