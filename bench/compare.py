@@ -1,0 +1,74 @@
+#!/usr/bin/env python3
+"""Times libphd and llama.cpp on the same GGUF files, in turn, and prints the medians as Markdown.
+
+    bench/compare.py --llama LLAMA_BIN_FOLDER [--threads 2] [--rounds 3] [--prompt 512] MODEL.gguf ...
+
+LLAMA_BIN_FOLDER holds llama-bench and llama-batched-bench, built natively for this machine. One round times llama.cpp's prefill and
+decode, its steps of 1, 2, 3, 4 and 8 rows (as many sequences), then libphd's prefill and steps at K = 1, 2, 3, 4 and 8; rounds
+alternate, so that both meet the same disturbances.
+"""
+import argparse
+import json
+import os
+import statistics
+import subprocess
+
+
+def run(command):
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--llama", required=True)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--prompt", type=int, default=512)
+    parser.add_argument("--phd", default=os.path.join(os.path.dirname(__file__), "..", "target", "release", "phd"))
+    parser.add_argument("models", nargs="+")
+    args = parser.parse_args()
+    rows = [1, 2, 3, 4, 8]
+    for model in args.models:
+        prefill, decode, step = {"llama": [], "phd": []}, [], {}
+        gb_per_second, variant = [], ""
+        for _ in range(args.rounds):
+            threads = ["-t", str(args.threads)]
+            out = json.loads(
+                run([f"{args.llama}/llama-bench", "-m", model, "-p", str(args.prompt), "-n", "48", "-r", "1", "-o", "json"] + threads)
+            )
+            prefill["llama"].append(out[0]["avg_ts"])
+            decode.append(out[1]["avg_ts"])
+            counts = ",".join(map(str, rows))
+            out = run(
+                [f"{args.llama}/llama-batched-bench", "-m", model, "-c", "2048", "-npp", "64", "-ntg", "24", "-npl", counts,
+                 "--output-format", "jsonl"] + threads
+            )
+            for line in filter(lambda l: l.startswith("{"), out.splitlines()):
+                result = json.loads(line)
+                step.setdefault(("llama", result["pl"]), []).append(1e3 * result["t_tg"] / result["tg"])
+            out = json.loads(
+                run([args.phd, "bench", model, "--prompt", str(args.prompt), "--prefills", "1", "--context", "64", "--copies-list",
+                     counts, "--steps", "24", "--json"] + threads)
+            )
+            variant = out["backend"]
+            gb_per_second.append(out["read_gb_per_second"])
+            prefill["phd"].append(out["prefill"][0]["tokens_per_second"])
+            for s in out["steps"]:
+                step.setdefault(("phd", s["copies"]), []).append(s["ms"])
+        ours, theirs = (statistics.median(prefill[who]) for who in ("phd", "llama"))
+        print(f"\n**{os.path.basename(model)}**, {variant}, {args.threads} threads, memory reads at {statistics.median(gb_per_second):.0f} GB/s\n")
+        print(f"| | libphd | llama.cpp | ratio |\n| --- | --- | --- | --- |")
+        print(f"| prefill of {args.prompt}, tok/s | {ours:.0f} | {theirs:.0f} | {ours / theirs:.2f} |")
+        ours, theirs = 1e3 / statistics.median(step["phd", 1]), statistics.median(decode)
+        print(f"| decode at K = 1, tok/s (llama-bench) | {ours:.0f} | {theirs:.0f} | {ours / theirs:.2f} |")
+        first = {who: statistics.median(step[who, 1]) for who in ("phd", "llama")}
+        for n in rows:
+            ours, theirs = (statistics.median(step[who, n]) for who in ("phd", "llama"))
+            print(
+                f"| step of {n} row{'s' if n > 1 else ''}, ms (over 1) | {ours:.2f} ({ours / first['phd']:.2f}) "
+                f"| {theirs:.2f} ({theirs / first['llama']:.2f}) | {theirs / ours:.2f} |",
+                flush=True,
+            )
+
+
+main()
