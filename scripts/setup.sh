@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # Installs what the build and the tests need on Debian: a C and C++ compiler with sanitizers, CMake and libclang for ggml, nm,
-# Valgrind.
+# Valgrind, pip (the tests' real model comes from PyPI).
 set -euo pipefail
 
 missing=()
 command -v cc >/dev/null && command -v c++ >/dev/null && command -v nm >/dev/null && command -v make >/dev/null || missing+=(build-essential)
 command -v cmake >/dev/null || missing+=(cmake)
 compgen -G "/usr/lib/llvm-*/lib/libclang*.so*" >/dev/null || missing+=(libclang-dev clang)
+python3 -m pip --version >/dev/null 2>&1 || missing+=(python3-pip)
 command -v valgrind >/dev/null || missing+=(valgrind)
 # Valgrind cannot start without the loader's symbols.
 dpkg -s libc6-dbg >/dev/null 2>&1 || missing+=(libc6-dbg)

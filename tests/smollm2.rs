@@ -113,3 +113,23 @@ fn perplexity_is_llama_cpps() {
         assert!((found / expected - 1.0).abs() < bound, "{}: {found}, llama.cpp {expected}", model.backend_name());
     }
 }
+
+/// A conversation through the model's own template: the reply ends where the model ends it, and the second turn knows the first.
+#[test]
+fn chat_keeps_the_conversation() {
+    use std::io::Write;
+    let mut child = std::process::Command::new(env!("CARGO_BIN_EXE_phd"))
+        .args(["chat", model_path().to_str().unwrap(), "--temp", "0", "-n", "60"])
+        .stdin(std::process::Stdio::piped())
+        .stdout(std::process::Stdio::piped())
+        .stderr(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    let question = "My name is Barnabas. Say hello to me by my name.\nWhat is my name?\n/exit\n";
+    child.stdin.take().unwrap().write_all(question.as_bytes()).unwrap();
+    let output = child.wait_with_output().unwrap();
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    assert!(text.matches("Barnabas").count() >= 2, "{text}");
+    assert!(!text.contains("<|im_"), "control tokens are not text: {text}");
+}

@@ -409,13 +409,20 @@ impl<'a> Merge<'a> {
             return; // it saw nothing here
         }
         let (total, [total_max, total_sum]) = self.total.split_last_chunk_mut().expect("two more than padded");
-        let new = total_max.max(max);
-        let (before, here) = ((*total_max - new).exp(), (max - new).exp());
-        *total_sum = *total_sum * before + sum * here;
-        for (total, part) in total.iter_mut().zip(acc) {
-            *total = *total * before + part * here;
+        // Of the two factors one is 1; exponentials are dear beside so short sums.
+        if *total_max == f32::NEG_INFINITY {
+            total.copy_from_slice(acc);
+            (*total_max, *total_sum) = (max, sum);
+        } else if max > *total_max {
+            let before = (*total_max - max).exp();
+            total.iter_mut().zip(acc).for_each(|(total, part)| *total = *total * before + part);
+            *total_sum = *total_sum * before + sum;
+            *total_max = max;
+        } else {
+            let here = (max - *total_max).exp();
+            total.iter_mut().zip(acc).for_each(|(total, part)| *total += part * here);
+            *total_sum += sum * here;
         }
-        *total_max = new;
     }
 
     pub fn finish(self, out: &mut [f32]) {

@@ -269,6 +269,13 @@ impl Step {
     }
 }
 
+/// Where a row of activations was put.
+enum Input<'a> {
+    Shared(&'a [f32]),
+    /// In [`Own::row`], so many of them.
+    Own(usize),
+}
+
 /// The phases of a step as one thread sees them. Within a phase a thread writes rows or columns of its own share only, and reads
 /// what earlier phases wrote; they are separated by [`Phases::meet`]. That is the guarantee behind every use of
 /// [`Shared::slice`] and [`Shared::slice_mut`] here ("phases").
@@ -325,13 +332,17 @@ impl<'a> Phases<'a> {
         own: &mut Own,
         needs: &Needs,
         n: usize,
-        row: impl Fn(&mut Own, usize) -> &[f32],
+        row: impl Fn(&mut Own, usize) -> Input<'a>,
     ) -> Option<&'a Activations> {
         let is_own = n <= OWN_ROWS;
         let x = if is_own { self.mine } else { &self.s.activations };
         for i in if is_own { 0..n } else { self.w.share(n, 1) } {
+            let values = match row(own, i) {
+                Input::Shared(values) => values,
+                Input::Own(width) => &own.row[..width],
+            };
             // SAFETY: this thread's own activations, or a row of its share.
-            unsafe { x.set(self.kernels, needs, i, n, row(own, i)) };
+            unsafe { x.set(self.kernels, needs, i, n, values) };
         }
         if !is_own {
             self.meet()?;
@@ -340,18 +351,16 @@ impl<'a> Phases<'a> {
     }
 
     /// A row of the residual stream, RMS-normed if the family norms `when`.
-    fn normed<'b>(self, own: &'b mut Own, row: usize, weight: &[f32], when: NormPlacement) -> &'b [f32] {
+    fn normed(self, own: &mut Own, row: usize, weight: &[f32], when: NormPlacement) -> Input<'a> {
         let (s, h) = (self.s, self.h);
         // SAFETY: phases.
         let x = unsafe { s.x.slice(row * h.n_embd, h.n_embd) };
-        let out = &mut own.row[..h.n_embd];
-        if h.norms == when {
-            // SAFETY: these kernels are this CPU's.
-            unsafe { (self.kernels.norm)(x, weight, h.norm_eps, out) };
-        } else {
-            out.copy_from_slice(x);
+        if h.norms != when {
+            return Input::Shared(x);
         }
-        out
+        // SAFETY: these kernels are this CPU's.
+        unsafe { (self.kernels.norm)(x, weight, h.norm_eps, &mut own.row[..h.n_embd]) };
+        Input::Own(h.n_embd)
     }
 
     /// This thread's share of the tiles of `projections`, which follow one another; `each` is given the number of the
@@ -398,26 +407,27 @@ impl<'a> Phases<'a> {
         Some(())
     }
 
-    /// Query and key norms, RoPE; keys and values go to the cache or to the pass's own.
+    /// Query and key norms, RoPE; keys and values go to the cache or to the pass's own. Divided by rows and key/value heads,
+    /// or by rows where a norm or a block of the cache spans heads.
     fn rotate_and_store(self, own: &mut Own, layer: &CpuLayer, index: usize, enter: &[u32]) {
         let (s, h) = (self.s, self.h);
-        for i in self.w.share(enter.len(), 1) {
+        let spans_heads = h.qk_norm == QkNorm::Projection || !s.fresh.0.heads_are_apart(h.head_dim);
+        let pieces = if spans_heads { 1 } else { h.n_kv_heads };
+        let (q_width, kv_width) = (h.q_dim() / pieces, h.kv_dim() / pieces);
+        for unit in self.w.share(enter.len() * pieces, 1) {
+            let (i, piece) = (unit / pieces, unit % pieces);
             let row = enter[i] as usize;
-            // SAFETY: phases: rows of this thread's share.
+            // SAFETY: phases: units of this thread's share.
             let (q, k, v, rope) = unsafe {
                 (
-                    s.q.slice_mut(i * h.q_dim(), h.q_dim()),
-                    s.k.slice_mut(i * h.kv_dim(), h.kv_dim()),
-                    s.v.slice(i * h.kv_dim(), h.kv_dim()),
+                    s.q.slice_mut(i * h.q_dim() + piece * q_width, q_width),
+                    s.k.slice_mut(i * h.kv_dim() + piece * kv_width, kv_width),
+                    s.v.slice(i * h.kv_dim() + piece * kv_width, kv_width),
                     s.rope.slice(row * h.head_dim, h.head_dim),
                 )
             };
             for (x, weight) in [(&mut *q, &layer.q_norm), (&mut *k, &layer.k_norm)] {
-                let width = match h.qk_norm {
-                    QkNorm::None => x.len(),
-                    QkNorm::Head => h.head_dim,
-                    QkNorm::Projection => x.len(),
-                };
+                let width = if h.qk_norm == QkNorm::Projection { x.len() } else { h.head_dim };
                 if h.qk_norm != QkNorm::None {
                     for x in x.chunks_exact_mut(width) {
                         let copy = &mut own.row[..width];
@@ -428,16 +438,17 @@ impl<'a> Phases<'a> {
                 }
                 x.chunks_exact_mut(h.head_dim).for_each(|head| rotate(head, rope, h.rope_pairs));
             }
-            // SAFETY: phases: the cache row or hidden row of this row alone.
+            let first = piece * kv_width;
+            // SAFETY: phases: these heads of the cache row or hidden row of this row alone.
             unsafe {
                 match self.plan.rows[row].store {
                     Store::Cache(at) => {
-                        s.cache[index].0.write(at as usize, k, &mut own.encoded);
-                        s.cache[index].1.write(at as usize, v);
+                        s.cache[index].0.write(at as usize, first, k, &mut own.encoded);
+                        s.cache[index].1.write(at as usize, first, v);
                     }
                     Store::Hidden(at) => {
-                        s.fresh.0.write(at as usize, k);
-                        s.fresh.1.write(at as usize, v);
+                        s.fresh.0.write(at as usize, first, k);
+                        s.fresh.1.write(at as usize, first, v);
                     }
                 }
             }
@@ -613,14 +624,13 @@ impl<'a> Phases<'a> {
     }
 
     /// A row's attention, merged from its parts if it was split.
-    fn attended<'b>(self, own: &'b mut Own, rows: &LayerRows, i: usize) -> &'b [f32] {
+    fn attended(self, own: &mut Own, rows: &LayerRows, i: usize) -> Input<'a> {
         let (s, h) = (self.s, self.h);
-        let out = &mut own.row[..h.q_dim()];
         if rows.keep.len() > SPLIT_ROWS {
             // SAFETY: phases.
-            out.copy_from_slice(unsafe { s.attention.slice(i * h.q_dim(), h.q_dim()) });
-            return out;
+            return Input::Shared(unsafe { s.attention.slice(i * h.q_dim(), h.q_dim()) });
         }
+        let out = &mut own.row[..h.q_dim()];
         let row: &Row = &self.plan.rows[self.kept(rows, i)];
         let splits = (row.stored as usize).div_ceil(split_len(row.stored as usize));
         let slots = slots(&s.options.layout);
@@ -636,7 +646,7 @@ impl<'a> Phases<'a> {
             }
             Merge::resume(total, false).finish(out);
         }
-        out
+        Input::Own(h.q_dim())
     }
 
     /// Output projection of attention, and its residual.
@@ -674,12 +684,9 @@ impl<'a> Phases<'a> {
     fn feed_forward_output(self, own: &mut Own, layer: &CpuLayer, rows: &LayerRows) -> Option<()> {
         let (s, h) = (self.s, self.h);
         let n = rows.keep.len();
-        let x = self.inputs(own, &layer.down_needs, n, |own, i| {
-            let out = &mut own.row[..h.n_ff];
-            // SAFETY: phases.
-            out.copy_from_slice(unsafe { s.gate.slice(i * h.n_ff, h.n_ff) });
-            out
-        })?;
+        // SAFETY: phases.
+        let x =
+            self.inputs(own, &layer.down_needs, n, |_, i| Input::Shared(unsafe { s.gate.slice(i * h.n_ff, h.n_ff) }))?;
         self.add_to_residual(own, &layer.down, &layer.ffn_norm, x, rows)
     }
 
@@ -733,7 +740,7 @@ impl<'a> Phases<'a> {
                 let x = s.x.slice(row * h.n_embd, h.n_embd);
                 (self.kernels.norm)(x, &s.model.norm, h.norm_eps, &mut own.row[..h.n_embd]);
             }
-            &own.row[..h.n_embd]
+            Input::Own(h.n_embd)
         })?;
         let share = self.w.share(s.model.head.n_tiles(), 1);
         // SAFETY: `inputs` has put in all rows; logits: the columns of this thread's tiles.

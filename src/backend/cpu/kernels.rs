@@ -383,7 +383,7 @@ unsafe fn tile_6_k<S: Simd, const K: usize>(t: &Tile) {
                             let v = S::load_b(q.add(64 * Q + 4 * lane));
                             let low = S::bits(v, 0, 4 * HALF as i32, 15);
                             // Bits 2Q and 2Q + 1 become bits 4 and 5.
-                            let high = S::bits(plane, if Q < 2 { 4 - 2 * Q as i32 } else { 0 }, if Q > 2 { 2 } else { 0 }, 48);
+                            let high = S::bits(plane, [4, 2, 0, 0][Q], [0, 0, 0, 2][Q], 48);
                             let v = S::or(low, high);
                             for k in 0..K {
                                 s[k] = S::dot(s[k], v, x.add((4 * HALF + Q) * K + k).read_unaligned());
@@ -437,7 +437,7 @@ unsafe fn tile_f<S: Simd, const T: u8, const K: usize>(t: &Tile) {
             let (mut w, mut x) = (t.weights, t.x.cast::<f32>());
             for _ in 0..t.n_in / 4 {
                 repeat!([0 1 2 3] C => {
-                    if lane == 0 && (T == F32 || C % 2 == 0) {
+                    if lane == 0 && (T == F32 || [true, false, true, false][C]) {
                         S::prefetch(w.wrapping_add(C * column_bytes + AHEAD));
                     }
                     let v = column::<S, T>(w.add(C * column_bytes), lane);

@@ -78,10 +78,13 @@ impl Rows {
         (part * self.parts.rows + row) * self.parts.bytes
     }
 
+    /// Whole heads from element `first` of the row on.
+    ///
     /// # Safety
-    /// Nobody else touches this row meanwhile.
-    pub unsafe fn write(&self, row: usize, x: &[f32]) {
-        for (part, x) in x.chunks_exact(self.parts.width).enumerate() {
+    /// Nobody else touches them meanwhile.
+    pub unsafe fn write(&self, row: usize, first: usize, x: &[f32]) {
+        for (i, x) in x.chunks_exact(self.parts.width).enumerate() {
+            let part = first / self.parts.width + i;
             // SAFETY: the caller's.
             encode(self.parts.kind, x, unsafe { self.data.slice_mut(self.at(row, part), self.parts.bytes) });
         }
@@ -249,15 +252,15 @@ impl Granules {
         row.is_multiple_of(GRANULE) && row + GRANULE <= self.parts.rows
     }
 
-    /// `scratch` has room for a head's part of an encoded row.
+    /// Whole heads from element `first` of the row on; `scratch` has room for an encoded row.
     ///
     /// # Safety
-    /// Nobody else touches this row meanwhile.
-    pub unsafe fn write(&self, row: usize, x: &[f32], scratch: &mut [u8]) {
+    /// Nobody else touches them meanwhile.
+    pub unsafe fn write(&self, row: usize, first: usize, x: &[f32], scratch: &mut [u8]) {
         let encoded = &mut scratch[..self.parts.bytes];
-        for (part, x) in x.chunks_exact(self.parts.width).enumerate() {
+        for (i, x) in x.chunks_exact(self.parts.width).enumerate() {
             encode(self.parts.kind, x, encoded);
-            let Lane { base, lanes, lane } = self.at(row, part);
+            let Lane { base, lanes, lane } = self.at(row, first / self.parts.width + i);
             assert!(base + lanes * self.parts.bytes <= self.data.len());
             // SAFETY: elements of this row only, within the granule that was checked to be in bounds.
             unsafe {

@@ -206,7 +206,8 @@ fn rows_do_not_depend_on_their_neighbours() {
         let matrix = prepare(&weights(dtype, n_out, n_in, &mut noise), false);
         let x = inputs(25, n_in, &mut noise);
         for kernels in all_kernels() {
-            let alone: Vec<Vec<f32>> = x.iter().map(|x| multiply(kernels, &matrix, &[x.clone()]).remove(0)).collect();
+            let alone: Vec<Vec<f32>> =
+                x.iter().map(|x| multiply(kernels, &matrix, std::slice::from_ref(x)).remove(0)).collect();
             for rows in ROWS {
                 assert_eq!(multiply(kernels, &matrix, &x[..rows]), alone[..rows], "{} {packing:?}", kernels.variant);
             }
@@ -370,16 +371,16 @@ fn attention_is_right_for_every_cache() {
             // SAFETY: one thread.
             unsafe {
                 for i in 0..c.stored {
-                    k.write(at_stored(i), &row(), &mut encoded);
-                    v.write(at_stored(i), &row());
+                    k.write(at_stored(i), 0, &row(), &mut encoded);
+                    v.write(at_stored(i), 0, &row());
                 }
                 for number in 100..100 + c.hidden {
                     let (store, at) = match number.checked_sub(first_fresh) {
                         Some(i) => (&fresh, 3 + i),
                         None => (&ring, capacity + number % capacity),
                     };
-                    store.0.write(at, &row());
-                    store.1.write(at, &row());
+                    store.0.write(at, 0, &row());
+                    store.1.write(at, 0, &row());
                 }
             }
             let sources = [
