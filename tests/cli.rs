@@ -47,11 +47,32 @@ fn score_tells_k_2_from_k_1() {
 fn info_and_bench_report() {
     let info = stdout(&["info", "MODEL"]);
     assert!(info.contains("K = 2, W = 16, C = 32 (PHD-CSWA)") && info.contains("2.8 M"), "{info}");
-    let bench = stdout(&["bench", "MODEL", "--prompt", "16", "--steps", "3", "--copies-list", "1,3", "--json"]);
-    let json: serde_json::Value = serde_json::from_str(&bench).unwrap();
-    assert_eq!(json["results"][1]["copies"], 3);
-    assert!(json["results"][1]["step_ratio"].as_f64().unwrap() > 0.0);
-    assert!(stdout(&["bench", "MODEL", "--prompt", "4", "--steps", "2"]).lines().count() == 6);
+    let timing = [
+        "bench",
+        "MODEL",
+        "--prompt",
+        "16",
+        "--prefills",
+        "1",
+        "--context",
+        "8,16",
+        "--steps",
+        "3",
+        "--copies-list",
+        "1,3",
+    ];
+    let json: serde_json::Value = serde_json::from_str(&stdout(&[&timing[..], &["--json"]].concat())).unwrap();
+    assert_eq!(json["prefill"][1]["copies"], 3);
+    let steps = json["steps"].as_array().unwrap();
+    let of = |i: usize| (steps[i]["context"].as_u64().unwrap(), steps[i]["copies"].as_u64().unwrap());
+    assert_eq!((0..steps.len()).map(of).collect::<Vec<_>>(), [(8, 1), (8, 3), (16, 1), (16, 3)]);
+    for step in steps {
+        for field in ["ms", "ratio", "gb_per_second", "share_of_bandwidth"] {
+            assert!(step[field].as_f64().unwrap() > 0.0, "{field}: {step}");
+        }
+    }
+    let table = stdout(&timing);
+    assert!(table.contains(json["backend"].as_str().unwrap()) && table.contains("GB/s"), "{table}");
 }
 
 #[test]

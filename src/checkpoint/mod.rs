@@ -67,14 +67,14 @@ pub struct Bytes {
 }
 
 impl Bytes {
-    /// Lets the system drop the mapped pages that lie within: whoever needs them again reads the file again.
-    pub fn give_back(&self) {
+    /// Lets the system drop the mapped pages that lie within `part`: whoever needs them again reads the file again.
+    pub fn give_back(&self, part: Range<usize>) {
         #[cfg(unix)]
         if let Content::Mapped(map) = &self.mapping.content {
             // A length that is no whole number of pages is rounded up: partly used pages at either end must be left out.
             const LARGEST_PAGE: usize = 1 << 16;
-            let start = self.range.start.next_multiple_of(LARGEST_PAGE);
-            let end = self.range.end - self.range.end % LARGEST_PAGE;
+            let (start, end) = (self.range.start + part.start, self.range.start + part.end.min(self.range.len()));
+            let (start, end) = (start.next_multiple_of(LARGEST_PAGE), end - end % LARGEST_PAGE);
             if start < end {
                 // SAFETY: a file mapping that nobody writes to: dropped pages come back with the same bytes. Failure is harmless.
                 let _ = unsafe { map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, start, end - start) };

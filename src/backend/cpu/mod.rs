@@ -208,35 +208,45 @@ fn pack(tensors: &[TensorView], prefer_ggml: bool, progress: &mut dyn FnMut(f32)
         let here;
         (here, rest) = rest.split_at_mut(bytes(tensor, packing));
         pack_matrix(tensor, packing, here, n_threads);
-        tensor.data.give_back();
         done += bytes(tensor, packing);
     }
     Ok(arena)
 }
+
+/// Bytes of a tensor that are packed before their pages are given back, so that both copies of a large one never coexist.
+const SLAB: usize = 16 << 20;
 
 fn pack_matrix(tensor: &TensorView, packing: Packing, out: &mut [u8], n_threads: usize) {
     let (n_out, n_in) = (tensor.shape[0], tensor.shape[1]);
     let row_bytes = tensor.data.len() / n_out;
     let tile_bytes = packing.tile_bytes(n_in);
     let n_tiles = n_out.div_ceil(TILE);
-    let per_thread = n_tiles.div_ceil(n_threads).max(1);
-    let packed = &mut out[..n_tiles * tile_bytes];
-    let source = tensor.data.chunks(per_thread * TILE * row_bytes);
-    std::thread::scope(|scope| {
-        for (out, source) in packed.chunks_mut(per_thread * tile_bytes).zip(source) {
-            let mut work = move || {
-                for (tile, rows) in out.chunks_exact_mut(tile_bytes).zip(source.chunks(TILE * row_bytes)) {
-                    pack_tile(packing, n_in, rows, tile);
+    let slab = (SLAB / (TILE * row_bytes)).clamp(1, n_tiles);
+    for first in (0..n_tiles).step_by(slab) {
+        let last = (first + slab).min(n_tiles);
+        let bytes = first * TILE * row_bytes..(last * TILE * row_bytes).min(tensor.data.len());
+        let per_thread = (last - first).div_ceil(n_threads);
+        // Small matrices are packed sooner than a thread is started.
+        let threaded = bytes.len() >= 1 << 18;
+        let source = tensor.data[bytes.clone()].chunks(per_thread * TILE * row_bytes);
+        std::thread::scope(|scope| {
+            for (out, source) in
+                out[first * tile_bytes..last * tile_bytes].chunks_mut(per_thread * tile_bytes).zip(source)
+            {
+                let mut work = move || {
+                    for (tile, rows) in out.chunks_exact_mut(tile_bytes).zip(source.chunks(TILE * row_bytes)) {
+                        pack_tile(packing, n_in, rows, tile);
+                    }
+                };
+                if threaded {
+                    scope.spawn(work);
+                } else {
+                    work();
                 }
-            };
-            // Small matrices are packed sooner than a thread is started.
-            if tensor.data.len() < 1 << 18 {
-                work();
-            } else {
-                scope.spawn(work);
             }
-        }
-    });
+        });
+        tensor.data.give_back(bytes);
+    }
 }
 
 impl Backend for Cpu {
