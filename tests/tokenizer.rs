@@ -42,21 +42,52 @@ fn vocab(pre: &str) -> GgufVocab {
     }
 }
 
+/// A SentencePiece vocabulary of the same words, the frequent ones first: bytes, then every token of printable ASCII.
+fn sentencepiece() -> GgufVocab {
+    let mut pieces: Vec<(String, f32, i32)> =
+        vec![("<unk>".to_owned(), 0.0, 2), ("<s>".to_owned(), 0.0, 3), ("</s>".to_owned(), 0.0, 3)];
+    pieces.extend((0..256).map(|b| (format!("<0x{b:02X}>"), 0.0, 6)));
+    let mut rank = 0.0;
+    for token in &vocab("gpt-2").tokens[1..2046] {
+        if token.chars().all(|c| c == 'Ġ' || c.is_ascii_graphic()) {
+            rank += 1.0;
+            pieces.push((token.replace('Ġ', "\u{2581}"), -rank, 1));
+        }
+    }
+    pieces.extend([("<|im_start|>".to_owned(), 0.0, 3), ("<user>".to_owned(), 0.0, 4)]);
+    GgufVocab {
+        model: "llama".to_owned(),
+        tokens: pieces.iter().map(|p| p.0.clone()).collect(),
+        scores: Some(pieces.iter().map(|p| p.1).collect()),
+        token_types: Some(pieces.iter().map(|p| p.2).collect()),
+        bos: Some(1),
+        eos: Some(2),
+        add_bos: Some(false),
+        ..Default::default()
+    }
+}
+
+fn check_recorded(name: &str, vocab: GgufVocab, cases: &Json) {
+    let tokenizer = Tokenizer::from_gguf(Path::new("recorded"), vocab).unwrap();
+    for case in cases.as_array().unwrap() {
+        let text = case["text"].as_str().unwrap();
+        for (field, parse) in [("plain", false), ("parsed", true)] {
+            let expected: Vec<u32> =
+                case[field].as_array().unwrap().iter().map(|v| v.as_u64().unwrap() as u32).collect();
+            let found = tokenizer.encode(text.as_bytes(), false, parse).unwrap();
+            assert_eq!(found, expected, "{name} {field} {text:?}");
+        }
+    }
+}
+
 #[test]
 fn ids_are_llama_cpp_s() {
     let recorded = json(&common::root().join("tests/data/tokenizer/llama_cpp.json"));
     for (pre, cases) in recorded.as_object().unwrap() {
-        let tokenizer = Tokenizer::from_gguf(Path::new("recorded"), vocab(pre)).unwrap();
-        for case in cases.as_array().unwrap() {
-            let text = case["text"].as_str().unwrap();
-            for (field, parse) in [("plain", false), ("parsed", true)] {
-                let expected: Vec<u32> =
-                    case[field].as_array().unwrap().iter().map(|v| v.as_u64().unwrap() as u32).collect();
-                let found = tokenizer.encode(text.as_bytes(), false, parse).unwrap();
-                assert_eq!(found, expected, "{pre} {field} {text:?}");
-            }
-        }
+        check_recorded(pre, vocab(pre), cases);
     }
+    let recorded = json(&common::root().join("tests/data/tokenizer/sentencepiece.json"));
+    check_recorded("sentencepiece", sentencepiece(), &recorded);
 }
 
 #[test]
