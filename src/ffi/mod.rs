@@ -16,6 +16,7 @@ use std::ffi::{CStr, c_char};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::Once;
 
 pub use params::*;
 pub use sampler::*;
@@ -33,6 +34,12 @@ pub struct phd_model {
 
 /// Runs an export's body: a panic becomes `PHD_ERROR_INTERNAL`, a failure is described in `*error`.
 fn guard(error: *mut *mut phd_error, body: impl FnOnce() -> Result<()>) -> phd_status {
+    // Rust reports panics on stderr, on whatever thread; this boundary does not print. The hook is that of the Rust runtime
+    // within libphd, which a host written in C or Go has no other of. Tests of this crate want their panics reported.
+    static QUIET: Once = Once::new();
+    if !cfg!(test) {
+        QUIET.call_once(|| std::panic::set_hook(Box::new(|_| {})));
+    }
     let result = catch_unwind(AssertUnwindSafe(body)).unwrap_or_else(|panic| {
         let what = panic.downcast_ref::<&str>().map(|s| s.to_string());
         let what = what.or_else(|| panic.downcast_ref::<String>().cloned());
@@ -197,4 +204,24 @@ pub unsafe extern "C" fn phd_model_info(
         // SAFETY: as above.
         unsafe { params::write(value, out) }
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::ffi::CStr;
+
+    use super::*;
+
+    #[test]
+    fn a_panic_becomes_a_status_with_its_message() {
+        let mut error = std::ptr::null_mut();
+        let status = guard(&mut error, || std::panic::resume_unwind(Box::new("on purpose")));
+        assert_eq!(status, phd_status::PHD_ERROR_INTERNAL);
+        // SAFETY: set by the failed call; freed once.
+        unsafe {
+            let message = CStr::from_ptr(phd_error_message(error));
+            assert!(message.to_str().unwrap().contains("on purpose"));
+            phd_error_free(error);
+        }
+    }
 }
