@@ -1,13 +1,14 @@
 //! Checkpoint files: right ones load and compute, wrong ones are refused with a sentence, and none does harm.
 
+#[path = "common/allocations.rs"]
+mod allocations;
 mod common;
 #[path = "common/gguf.rs"]
 mod gguf;
 
-use std::alloc::{GlobalAlloc, Layout, System};
-use std::cell::Cell;
 use std::path::Path;
 
+use allocations::LARGEST;
 use common::{difference, golden};
 use gguf::{Tensor, Value};
 use phd::checkpoint::{Checkpoint, OpenOptions};
@@ -221,30 +222,6 @@ fn clone<'a>(value: &Value<'a>) -> Value<'a> {
         Value::Raw(kind, bytes) => Value::Raw(*kind, bytes.clone()),
     }
 }
-
-/// The largest piece of memory that this thread has asked for.
-struct Largest;
-
-thread_local! {
-    static LARGEST: Cell<usize> = const { Cell::new(0) };
-}
-
-// SAFETY: every call is passed on to the system allocator unchanged.
-unsafe impl GlobalAlloc for Largest {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        LARGEST.set(LARGEST.get().max(layout.size()));
-        // SAFETY: the caller's promises are those of `System.alloc`.
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
-        // SAFETY: the caller's promises are those of `System.dealloc`.
-        unsafe { System.dealloc(pointer, layout) }
-    }
-}
-
-#[global_allocator]
-static ALLOCATOR: Largest = Largest;
 
 /// Thousands of damaged files: an error or a model, never a panic, a hang, or memory out of proportion to the file.
 #[test]

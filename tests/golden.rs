@@ -5,7 +5,7 @@ mod common;
 
 use std::sync::Arc;
 
-use common::{Golden, argmax, difference, golden, load};
+use common::{Golden, argmax, difference, golden, load, under_every_variant};
 use phd::model::{BackendKind, Model};
 use phd::schedule::Pruning;
 use phd::session::{CacheType, Session, SessionOptions};
@@ -41,19 +41,7 @@ fn backends() -> &'static [BackendKind] {
 /// The whole suite again with each variant of the kernels that this CPU has, and with all fast ones off.
 #[test]
 fn every_variant() {
-    if std::env::var_os("PHD_CPU_VARIANT").is_some() {
-        return; // this is such a run
-    }
-    let variants = phd::backend::cpu::variants();
-    assert!(variants.contains(&"plain"));
-    for variant in variants {
-        let run = std::process::Command::new(std::env::current_exe().unwrap())
-            .env("PHD_CPU_VARIANT", variant)
-            .output()
-            .unwrap();
-        let text = String::from_utf8_lossy(&run.stdout);
-        assert!(run.status.success() && text.contains("9 passed"), "{variant}: {text}");
-    }
+    under_every_variant(&[], "9 passed");
 }
 
 fn each(test: impl Fn(&Golden, Arc<Model>, CacheType)) {

@@ -1,32 +1,10 @@
 //! The sampler allocates nothing per token. In a file of its own because it replaces the allocator.
 
+#[path = "common/allocations.rs"]
+mod allocations;
+
+use allocations::COUNT;
 use phd::sampling::{Sampler, SamplerParams};
-use std::alloc::{GlobalAlloc, Layout, System};
-use std::cell::Cell;
-
-thread_local! {
-    /// Per thread: the test harness allocates on its own.
-    static ALLOCATIONS: Cell<usize> = const { Cell::new(0) };
-}
-
-struct Counting;
-
-// SAFETY: every call is passed on to the system allocator unchanged.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        ALLOCATIONS.set(ALLOCATIONS.get() + 1);
-        // SAFETY: the caller's promises are those of `System.alloc`.
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
-        // SAFETY: the caller's promises are those of `System.dealloc`.
-        unsafe { System.dealloc(pointer, layout) }
-    }
-}
-
-#[global_allocator]
-static ALLOCATOR: Counting = Counting;
 
 #[test]
 fn no_allocation_per_token() {
@@ -43,7 +21,7 @@ fn no_allocation_per_token() {
     ] {
         let mut original = Sampler::new(params, n_vocab).unwrap();
         let mut copy = original.clone();
-        let before = ALLOCATIONS.get();
+        let before = COUNT.get();
         for sampler in [&mut original, &mut copy] {
             for _ in 0..20 {
                 let token = sampler.sample(&logits).unwrap();
@@ -51,8 +29,8 @@ fn no_allocation_per_token() {
             }
             sampler.reset();
         }
-        assert_eq!(ALLOCATIONS.get(), before, "{params:?}");
+        assert_eq!(COUNT.get(), before, "{params:?}");
         drop(Sampler::new(params, n_vocab));
-        assert!(ALLOCATIONS.get() > before, "the counter works");
+        assert!(COUNT.get() > before, "the counter works");
     }
 }

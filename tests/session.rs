@@ -1,38 +1,14 @@
 //! Promises of a session beyond right numbers: what it allocates, what it reports, what a cancelled call leaves behind.
 
+#[path = "common/allocations.rs"]
+mod allocations;
 mod common;
 
-use std::alloc::{GlobalAlloc, Layout, System};
-use std::cell::Cell;
-
+use allocations::COUNT;
 use common::{Golden, demo_model, difference, golden, load};
 use phd::Error;
 use phd::model::{BackendKind, LoadOptions, Model};
 use phd::session::{CacheType, Session, SessionOptions};
-
-thread_local! {
-    /// Per thread: the test harness allocates on its own.
-    static ALLOCATIONS: Cell<usize> = const { Cell::new(0) };
-}
-
-struct Counting;
-
-// SAFETY: every call is passed on to the system allocator unchanged.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        ALLOCATIONS.set(ALLOCATIONS.get() + 1);
-        // SAFETY: the caller's promises are those of `System.alloc`.
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
-        // SAFETY: the caller's promises are those of `System.dealloc`.
-        unsafe { System.dealloc(pointer, layout) }
-    }
-}
-
-#[global_allocator]
-static ALLOCATOR: Counting = Counting;
 
 fn cases() -> impl Iterator<Item = (Golden, BackendKind)> {
     golden().into_iter().flat_map(|g| [(g.clone(), BackendKind::Reference), (g, BackendKind::Cpu)])
@@ -44,7 +20,7 @@ fn calls_allocate_nothing() {
         let n = g.tokens.len();
         let options = SessionOptions { n_positions: 2 * n, n_sequences: 2, max_rows: 16, ..Default::default() };
         let mut s = Session::new(load(&g.path, backend), &options).unwrap();
-        let before = ALLOCATIONS.get();
+        let before = COUNT.get();
         s.prefill(0, &g.tokens[..n / 2]).unwrap();
         s.fork(0, 1).unwrap();
         for &token in &g.tokens[n / 2..] {
@@ -53,7 +29,7 @@ fn calls_allocate_nothing() {
         }
         s.truncate(0, n / 3).unwrap();
         s.prefill(0, &g.tokens[n / 3..]).unwrap();
-        assert_eq!(ALLOCATIONS.get(), before, "{}", g.name);
+        assert_eq!(COUNT.get(), before, "{}", g.name);
     }
 }
 

@@ -6,7 +6,7 @@ mod common;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use common::{demo_model, root};
+use common::{demo_model, root, under_every_variant};
 use phd::Model;
 use phd::model::{BackendKind, LoadOptions};
 use phd::session::{CacheType, Session, SessionOptions};
@@ -83,18 +83,7 @@ fn top_log_probabilities_of_the_kernels() {
 
 #[test]
 fn every_variant() {
-    if std::env::var_os("PHD_CPU_VARIANT").is_some() {
-        return; // this is such a run
-    }
-    for variant in phd::backend::cpu::variants() {
-        let run = std::process::Command::new(std::env::current_exe().unwrap())
-            .args(["top_log_probabilities_of_the_kernels", "--exact"])
-            .env("PHD_CPU_VARIANT", variant)
-            .output()
-            .unwrap();
-        let text = String::from_utf8_lossy(&run.stdout);
-        assert!(run.status.success() && text.contains("1 passed"), "{variant}: {text}");
-    }
+    under_every_variant(&["top_log_probabilities_of_the_kernels", "--exact"], "1 passed");
 }
 
 #[test]

@@ -9,6 +9,7 @@ use crate::cache::{BlockCopy, Layout};
 use crate::error::{Result, unsupported};
 use crate::model::{BackendKind, Hyper, Weights};
 use crate::schedule::Plan;
+use crate::tensor::{DType, quantize_row};
 
 /// Element type of cached keys and values, and of the hidden rings.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -28,6 +29,23 @@ impl CacheType {
             CacheType::F32 => n * 4,
             CacheType::F16 => n * 2,
             CacheType::Q8_0 => n.div_ceil(32) * 34,
+        }
+    }
+}
+
+impl CacheType {
+    /// Converts a row, or a head's part of one, of `x.len()` elements into its `row_bytes` bytes.
+    fn encode(self, x: &[f32], out: &mut [u8]) {
+        match self {
+            CacheType::F32 => quantize_row(DType::F32, x, out),
+            CacheType::F16 => quantize_row(DType::F16, x, out),
+            CacheType::Q8_0 => {
+                for (x, out) in x.chunks(32).zip(out.chunks_mut(34)) {
+                    let mut padded = [0.0; 32];
+                    padded[..x.len()].copy_from_slice(x);
+                    quantize_row(DType::Q8_0, &padded, out);
+                }
+            }
         }
     }
 }

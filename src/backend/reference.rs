@@ -9,7 +9,7 @@ use crate::cache::BlockCopy;
 use crate::error::{Error, Result};
 use crate::model::{Hyper, Layer, Linear, NormPlacement, QkNorm, RopePairs, Weights};
 use crate::schedule::{Plan, Row, Rules, Store};
-use crate::tensor::{DType, dequantize_row, quantize_row};
+use crate::tensor::{DType, dequantize_row};
 
 pub struct Reference {
     hyper: Arc<Hyper>,
@@ -75,18 +75,7 @@ impl RowStore {
 
     fn write(&mut self, row: usize, x: &[f32]) {
         let range = self.range(row);
-        let out = &mut self.bytes[range];
-        match self.kind {
-            CacheType::F32 => quantize_row(DType::F32, x, out),
-            CacheType::F16 => quantize_row(DType::F16, x, out),
-            CacheType::Q8_0 => {
-                for (x, out) in x.chunks(32).zip(out.chunks_mut(34)) {
-                    let mut padded = [0.0; 32];
-                    padded[..x.len()].copy_from_slice(x);
-                    quantize_row(DType::Q8_0, &padded, out);
-                }
-            }
-        }
+        self.kind.encode(x, &mut self.bytes[range]);
     }
 
     fn read(&self, row: usize, out: &mut [f32]) {

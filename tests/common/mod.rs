@@ -68,3 +68,19 @@ pub fn difference(found: &[f32], expected: &[f32]) -> f32 {
 pub fn argmax(logits: &[f32]) -> i32 {
     (0..logits.len()).max_by(|&a, &b| logits[a].total_cmp(&logits[b]).then(b.cmp(&a))).unwrap() as i32
 }
+
+/// Runs this test program again with each variant of the kernels that this CPU has, and with all fast ones off; `outcome` must
+/// stand in what it prints.
+pub fn under_every_variant(arguments: &[&str], outcome: &str) {
+    if std::env::var_os("PHD_CPU_VARIANT").is_some() {
+        return; // this is such a run
+    }
+    let variants = phd::backend::cpu::variants();
+    assert!(variants.contains(&"plain"));
+    for variant in variants {
+        let mut program = std::process::Command::new(std::env::current_exe().unwrap());
+        let run = program.args(arguments).env("PHD_CPU_VARIANT", variant).output().unwrap();
+        let text = String::from_utf8_lossy(&run.stdout);
+        assert!(run.status.success() && text.contains(outcome), "{variant}: {text}");
+    }
+}

@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use super::kernels;
 use super::matrix::Arena;
-use super::pool::{Pool, Worker};
+use super::pool::{Pool, Worker, cpus};
 use crate::error::Result;
 
 /// Bytes a second that `n_threads` threads read from memory together, the best of some passes over 512 MiB.
@@ -16,8 +16,7 @@ pub fn read_bandwidth(n_threads: usize) -> Result<f64> {
     const BYTES: usize = 512 << 20;
     const PASSES: usize = 8;
     let kernels = kernels::choose()?;
-    let available = std::thread::available_parallelism().map_or(1, |n| n.get());
-    let mut pool = Pool::new(n_threads.clamp(1, available))?;
+    let mut pool = Pool::new(n_threads.clamp(1, cpus()))?;
     let mut arena = Arena::new(BYTES)?;
     arena.bytes_mut().fill(1);
     let bytes = &*arena.bytes_mut();

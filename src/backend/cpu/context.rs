@@ -7,7 +7,7 @@ use super::attention::{self, Attend, MAX_SPLITS, Merge, Source, padded, split_le
 use super::kernels::Kernels;
 use super::matrix::{Activations, Needs, embedding_row};
 use super::packed::TILE;
-use super::pool::{Pool, Worker};
+use super::pool::{Pool, Worker, cpus};
 use super::shared::Shared;
 use super::store::{Granules, Rows};
 use super::{Cpu, CpuLayer, Embedding, Projection};
@@ -94,9 +94,7 @@ impl CpuContext {
         let h = model.hyper.clone();
         let layout = options.layout;
         let rows = options.max_rows;
-        // More threads than the process has CPUs would only wait for each other.
-        let available = std::thread::available_parallelism().map_or(1, |n| n.get());
-        let n_threads = options.n_threads.clamp(1, available);
+        let n_threads = options.n_threads.clamp(1, cpus());
         let kind = options.cache_type;
         let rows_of = |n: usize| Rows::new(kind, n, h.kv_dim(), h.head_dim);
         let natural = |n: usize| Ok::<_, Error>((rows_of(n)?, rows_of(n)?));

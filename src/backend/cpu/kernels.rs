@@ -194,6 +194,33 @@ unsafe fn i32_at(p: *const u32, i: usize) -> i32 {
     unsafe { *p.add(i) as i32 }
 }
 
+/// Adds the products of a quad of weights with that quad of all K rows; `x` is the block's activations.
+///
+/// # Safety
+/// As for [`tile`].
+#[inline(always)]
+unsafe fn add_quad<S: Simd, const K: usize>(s: &mut [S::I; K], weights: S::B, x: *const i32, quad: usize) {
+    for k in 0..K {
+        // SAFETY: a block has 8 quads of K rows.
+        unsafe { s[k] = S::dot(s[k], weights, x.add(quad * K + k).read_unaligned()) };
+    }
+}
+
+/// Adds a block's integer sums, scaled by the weights' and the activations' scales.
+///
+/// # Safety
+/// As for [`tile`].
+#[inline(always)]
+unsafe fn add_scaled<S: Simd, const K: usize>(acc: &mut [S::F; K], s: &[S::I; K], scale: S::F, m: *const u32) {
+    for k in 0..K {
+        // SAFETY: a block has META words for K rows.
+        unsafe {
+            let scale = S::mul(scale, S::splat(f32_at(m, meta::SCALE * K + k)));
+            acc[k] = S::fma(scale, S::to_f(s[k]), acc[k]);
+        }
+    }
+}
+
 /// Q4_0 and, with a minimum, Q4_1.
 ///
 /// # Safety
@@ -219,19 +246,12 @@ unsafe fn tile_4<S: Simd, const K: usize, const HAS_MIN: bool>(t: &Tile) {
                     }
                     let v = S::load_b(w.add(64 * Q + 4 * lane));
                     let low = S::bits(v, 0, 0, 15);
-                    for k in 0..K {
-                        s[k] = S::dot(s[k], low, x.add(Q * K + k).read_unaligned());
-                    }
+                    add_quad::<S, K>(&mut s, low, x, Q);
                     let high = S::bits(v, 0, 4, 15);
-                    for k in 0..K {
-                        s[k] = S::dot(s[k], high, x.add((4 + Q) * K + k).read_unaligned());
-                    }
+                    add_quad::<S, K>(&mut s, high, x, 4 + Q);
                 });
                 let d = S::load_f16(w.add(256 + 2 * lane).cast());
-                for k in 0..K {
-                    let scale = S::mul(d, S::splat(f32_at(m, meta::SCALE * K + k)));
-                    acc[k] = S::fma(scale, S::to_f(s[k]), acc[k]);
-                }
+                add_scaled::<S, K>(&mut acc, &s, d, m);
                 if HAS_MIN {
                     let min = S::load_f16(w.add(288 + 2 * lane).cast());
                     for k in 0..K {
@@ -275,10 +295,7 @@ unsafe fn tile_8<S: Simd, const K: usize>(t: &Tile) {
                     }
                 });
                 let d = S::load_f16(w.add(512 + 2 * lane).cast());
-                for k in 0..K {
-                    let scale = S::mul(d, S::splat(f32_at(m, meta::SCALE * K + k)));
-                    acc[k] = S::fma(scale, S::to_f(s[k]), acc[k]);
-                }
+                add_scaled::<S, K>(&mut acc, &s, d, m);
                 w = w.add(544);
                 x = x.add(8 * K);
                 m = m.add(meta::WORDS * K);
@@ -322,18 +339,13 @@ unsafe fn tile_4_k<S: Simd, const K: usize, const HAS_HIGH: bool>(t: &Tile) {
                             low = S::or(low, S::bits(plane, 4 - Q as i32, 0, 16));
                             high = S::or(high, S::bits(plane, 0, Q as i32, 16));
                         }
-                        for k in 0..K {
-                            s[k] = S::dot(s[k], low, x.add(Q * K + k).read_unaligned());
-                        }
-                        for k in 0..K {
-                            s[k] = S::dot(s[k], high, x.add((4 + Q) * K + k).read_unaligned());
-                        }
+                        add_quad::<S, K>(&mut s, low, x, Q);
+                        add_quad::<S, K>(&mut s, high, x, 4 + Q);
                     });
                     let scale = S::mul(d, S::load_u8(w.add(lane)));
                     let min = S::mul(dmin, S::load_u8(w.add(TILE + lane)));
+                    add_scaled::<S, K>(&mut acc, &s, scale, m);
                     for k in 0..K {
-                        let scale = S::mul(scale, S::splat(f32_at(m, meta::SCALE * K + k)));
-                        acc[k] = S::fma(scale, S::to_f(s[k]), acc[k]);
                         acc[k] = S::fma(min, S::splat(f32_at(m, meta::SUM * K + k)), acc[k]);
                     }
                     w = w.add(block);
@@ -385,14 +397,9 @@ unsafe fn tile_6_k<S: Simd, const K: usize>(t: &Tile) {
                             // Bits 2Q and 2Q + 1 become bits 4 and 5.
                             let high = S::bits(plane, [4, 2, 0, 0][Q], [0, 0, 0, 2][Q], 48);
                             let v = S::or(low, high);
-                            for k in 0..K {
-                                s[k] = S::dot(s[k], v, x.add((4 * HALF + Q) * K + k).read_unaligned());
-                            }
+                            add_quad::<S, K>(&mut s, v, x, 4 * HALF + Q);
                         });
-                        for k in 0..K {
-                            let scale = S::mul(scale[HALF], S::splat(f32_at(m, meta::SCALE * K + k)));
-                            acc[k] = S::fma(scale, S::to_f(s[k]), acc[k]);
-                        }
+                        add_scaled::<S, K>(&mut acc, &s, scale[HALF], m);
                     });
                     w = w.add(416);
                     x = x.add(8 * K);

@@ -94,21 +94,9 @@ impl Cpu {
             tensors.extend([&l.q, &l.k, &l.v, &l.o, &l.gate, &l.up, &l.down].map(|l| l.weight.clone()));
         }
         tensors.push(weights.head.clone());
-        let arena = Arc::new(pack(&tensors, prefer_ggml, progress)?);
-        let mut offset = 0;
-        let mut matrix = |tensor: TensorView| {
-            let (n_out, n_in) = (tensor.shape[0], tensor.shape[1]);
-            match Choice::of(&tensor, prefer_ggml) {
-                Choice::Pack(packing) => {
-                    let at = offset;
-                    offset += packing.bytes(n_out, n_in).next_multiple_of(ALIGNMENT);
-                    Matrix::packed(packing, n_out, n_in, arena.clone(), at)
-                }
-                Choice::Ggml(dot) => Matrix::ggml(dot, tensor),
-                Choice::Convert => Matrix::converted(tensor),
-            }
-        };
-        let mut projection = |l: Linear| Projection { matrix: matrix(l.weight), bias: l.bias };
+        let mut matrices = prepare(tensors, prefer_ggml, progress)?.into_iter();
+        let mut matrix = || matrices.next().expect("one for each tensor, in their order");
+        let mut projection = |l: Linear| Projection { matrix: matrix(), bias: l.bias };
         let mut layers = Vec::with_capacity(weights.layers.len());
         for l in weights.layers {
             let [q, k, v, o, gate, up, down] = [l.q, l.k, l.v, l.o, l.gate, l.up, l.down].map(&mut projection);
@@ -130,13 +118,12 @@ impl Cpu {
                 down,
             });
         }
-        let head_name = weights.head.name.clone();
-        let head = matrix(weights.head);
+        let head = matrix();
         // A tied table is looked up where it was packed, so that the file's copy of it need not stay in memory.
         let embeddings: Vec<Embedding> = weights
             .embeddings
             .into_iter()
-            .map(|t| if t.name == head_name { Embedding::Head } else { Embedding::Stored(t) })
+            .map(|t| if t.name == weights.head.name { Embedding::Head } else { Embedding::Stored(t) })
             .collect();
 
         let mut cpu = Cpu {
@@ -188,29 +175,50 @@ impl CpuLayer {
     }
 }
 
-/// Packs all that can be into one arena, in order, and gives the file's pages back.
-fn pack(tensors: &[TensorView], prefer_ggml: bool, progress: &mut dyn FnMut(f32) -> Result<()>) -> Result<Arena> {
-    let jobs: Vec<(&TensorView, Packing)> = tensors
-        .iter()
-        .filter_map(|t| match Choice::of(t, prefer_ggml) {
-            Choice::Pack(packing) => Some((t, packing)),
-            _ => None,
+/// Makes a matrix of each tensor. All that can be packed goes into one arena, in order, and its file pages are given back.
+fn prepare(
+    tensors: Vec<TensorView>,
+    prefer_ggml: bool,
+    progress: &mut dyn FnMut(f32) -> Result<()>,
+) -> Result<Vec<Matrix>> {
+    /// A prepared tensor; packed ones by their place in the arena.
+    enum Prepared {
+        Packed { packing: Packing, shape: (usize, usize), offset: usize },
+        AsItIs(Matrix),
+    }
+    let mut total = 0;
+    let plan: Vec<(TensorView, Choice, usize)> = tensors
+        .into_iter()
+        .map(|tensor| {
+            let choice = Choice::of(&tensor, prefer_ggml);
+            let offset = total;
+            if let Choice::Pack(packing) = choice {
+                total += packing.bytes(tensor.shape[0], tensor.shape[1]).next_multiple_of(ALIGNMENT);
+            }
+            (tensor, choice, offset)
         })
         .collect();
-    let bytes = |t: &TensorView, p: Packing| p.bytes(t.shape[0], t.shape[1]).next_multiple_of(ALIGNMENT);
-    let total = jobs.iter().map(|&(t, p)| bytes(t, p)).sum();
     let mut arena = Arena::new(total)?;
-    let n_threads = std::thread::available_parallelism().map_or(1, |n| n.get());
-    let mut rest = arena.bytes_mut();
-    let mut done = 0;
-    for (tensor, packing) in jobs {
-        progress(done as f32 / total as f32)?;
-        let here;
-        (here, rest) = rest.split_at_mut(bytes(tensor, packing));
-        pack_matrix(tensor, packing, here, n_threads);
-        done += bytes(tensor, packing);
+    let mut prepared = Vec::with_capacity(plan.len());
+    for (tensor, choice, offset) in plan {
+        prepared.push(match choice {
+            Choice::Pack(packing) => {
+                progress(offset as f32 / total as f32)?;
+                let shape = (tensor.shape[0], tensor.shape[1]);
+                let bytes = offset..offset + packing.bytes(shape.0, shape.1);
+                pack_matrix(&tensor, packing, &mut arena.bytes_mut()[bytes], pool::cpus());
+                Prepared::Packed { packing, shape, offset }
+            }
+            Choice::Ggml(dot) => Prepared::AsItIs(Matrix::ggml(dot, tensor)),
+            Choice::Convert => Prepared::AsItIs(Matrix::converted(tensor)),
+        });
     }
-    Ok(arena)
+    let arena = Arc::new(arena);
+    let matrix = |prepared| match prepared {
+        Prepared::Packed { packing, shape, offset } => Matrix::packed(packing, shape.0, shape.1, arena.clone(), offset),
+        Prepared::AsItIs(matrix) => matrix,
+    };
+    Ok(prepared.into_iter().map(matrix).collect())
 }
 
 /// Bytes of a tensor that are packed before their pages are given back, so that both copies of a large one never coexist.

@@ -17,6 +17,11 @@ const AWAKE: Duration = Duration::from_micros(500);
 /// Polls before a waiting thread lets others run: some tens of microseconds.
 const SPINS: u32 = 1000;
 
+/// CPUs that affinity and the container's quota leave to this process: more threads would only wait for each other.
+pub fn cpus() -> usize {
+    std::thread::available_parallelism().map_or(1, |n| n.get())
+}
+
 type Job<'a> = &'a (dyn Fn(&Worker) + Sync);
 
 struct State {

@@ -4,7 +4,7 @@ use super::shared::Shared;
 use super::simd::Simd;
 use crate::backend::CacheType;
 use crate::error::Result;
-use crate::tensor::{DType, dequantize_row, quantize_row};
+use crate::tensor::{DType, dequantize_row};
 
 /// Cache rows whose keys are interleaved, and keys that attention takes at a time from one place.
 pub const GRANULE: usize = 16;
@@ -14,20 +14,6 @@ const Q8_BLOCK: usize = 34;
 
 /// Bytes ahead of the current ones that are prefetched: a head's rows follow one another as long as its blocks do.
 const AHEAD: usize = 4096;
-
-fn encode(kind: CacheType, x: &[f32], out: &mut [u8]) {
-    match kind {
-        CacheType::F32 => quantize_row(DType::F32, x, out),
-        CacheType::F16 => quantize_row(DType::F16, x, out),
-        CacheType::Q8_0 => {
-            for (x, out) in x.chunks(32).zip(out.chunks_mut(Q8_BLOCK)) {
-                let mut padded = [0.0; 32];
-                padded[..x.len()].copy_from_slice(x);
-                quantize_row(DType::Q8_0, &padded, out);
-            }
-        }
-    }
-}
 
 /// How a row is divided: a head's part of all rows lies together, so that attention reads a head as one stream. Q8_0 blocks that
 /// would straddle heads are not divided.
@@ -86,7 +72,7 @@ impl Rows {
         for (i, x) in x.chunks_exact(self.parts.width).enumerate() {
             let part = first / self.parts.width + i;
             // SAFETY: the caller's.
-            encode(self.parts.kind, x, unsafe { self.data.slice_mut(self.at(row, part), self.parts.bytes) });
+            self.parts.kind.encode(x, unsafe { self.data.slice_mut(self.at(row, part), self.parts.bytes) });
         }
     }
 
@@ -259,7 +245,7 @@ impl Granules {
     pub unsafe fn write(&self, row: usize, first: usize, x: &[f32], scratch: &mut [u8]) {
         let encoded = &mut scratch[..self.parts.bytes];
         for (i, x) in x.chunks_exact(self.parts.width).enumerate() {
-            encode(self.parts.kind, x, encoded);
+            self.parts.kind.encode(x, encoded);
             let Lane { base, lanes, lane } = self.at(row, first / self.parts.width + i);
             assert!(base + lanes * self.parts.bytes <= self.data.len());
             // SAFETY: elements of this row only, within the granule that was checked to be in bounds.

@@ -62,7 +62,7 @@ fn weights(dtype: DType, n_out: usize, n_in: usize, noise: &mut Noise) -> Tensor
     TensorView::of_bytes("weights", dtype, vec![n_out, n_in], bytes)
 }
 
-fn prepare(tensor: &TensorView, prefer_ggml: bool) -> Matrix {
+fn prepare_one(tensor: &TensorView, prefer_ggml: bool) -> Matrix {
     let (n_out, n_in) = (tensor.shape[0], tensor.shape[1]);
     match Choice::of(tensor, prefer_ggml) {
         Choice::Pack(packing) => {
@@ -137,7 +137,7 @@ fn packed_rows_are_the_stored_rows() {
         let dtype = packing.dtype();
         for (n_out, n_in) in shapes(dtype) {
             let tensor = weights(dtype, n_out, n_in, &mut noise);
-            let matrix = prepare(&tensor, false);
+            let matrix = prepare_one(&tensor, false);
             for (r, row) in tensor.data.chunks(tensor.data.len() / n_out).enumerate() {
                 let (mut expected, mut found) = (vec![0.0; n_in], vec![f32::NAN; n_in]);
                 dequantize_row(dtype, row, &mut expected);
@@ -158,7 +158,7 @@ fn own_kernels_are_exact_but_for_rounding() {
         let dtype = packing.dtype();
         for (n_out, n_in) in shapes(dtype) {
             let tensor = weights(dtype, n_out, n_in, &mut noise);
-            let matrix = prepare(&tensor, false);
+            let matrix = prepare_one(&tensor, false);
             let mut w = vec![vec![0.0; n_in]; n_out];
             let row_bytes = tensor.data.len() / n_out;
             w.iter_mut().zip(tensor.data.chunks(row_bytes)).for_each(|(w, b)| dequantize_row(dtype, b, w));
@@ -203,7 +203,7 @@ fn rows_do_not_depend_on_their_neighbours() {
     for packing in Packing::ALL {
         let dtype = packing.dtype();
         let (n_out, n_in) = (40, 4 * dtype.block_len().max(25));
-        let matrix = prepare(&weights(dtype, n_out, n_in, &mut noise), false);
+        let matrix = prepare_one(&weights(dtype, n_out, n_in, &mut noise), false);
         let x = inputs(25, n_in, &mut noise);
         for kernels in all_kernels() {
             let alone: Vec<Vec<f32>> =
@@ -226,7 +226,7 @@ fn other_types_are_right_within_their_rounding() {
             let mut w = vec![vec![0.0; n_in]; n_out];
             let row_bytes = tensor.data.len() / n_out;
             w.iter_mut().zip(tensor.data.chunks(row_bytes)).for_each(|(w, b)| dequantize_row(dtype, b, w));
-            let through_ggml = Some(prepare(&tensor, true)).filter(Matrix::uses_ggml);
+            let through_ggml = Some(prepare_one(&tensor, true)).filter(Matrix::uses_ggml);
             for matrix in through_ggml.into_iter().chain([Matrix::converted(tensor.clone())]) {
                 for rows in [1, 3, 13] {
                     let x = inputs(rows, n_in, &mut noise);
