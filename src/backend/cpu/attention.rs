@@ -14,6 +14,9 @@ const CHUNK: usize = 64;
 /// Keys to a step of the softmax.
 const RUN: usize = 256;
 
+/// Bytes of a cache line.
+const LINE: usize = 64;
+
 /// Most splits of a row's stored keys.
 pub const MAX_SPLITS: usize = 32;
 
@@ -88,6 +91,28 @@ pub struct Attend<'a> {
     pub acc: &'a mut [f32],
 }
 
+impl Attend<'_> {
+    /// Where stored key `key` lies, if there is one to come.
+    fn key_place(&self, key: usize) -> Option<*const u8> {
+        match self.source {
+            Source::Stored { k, blocks, rows_per_block, .. } if key < self.to => {
+                Some(k.place(cache_row(blocks, rows_per_block, key), self.head * self.head_dim))
+            }
+            _ => None,
+        }
+    }
+
+    /// The same of its value.
+    fn value_place(&self, key: usize) -> Option<*const u8> {
+        match self.source {
+            Source::Stored { v, blocks, rows_per_block, .. } if key < self.to => {
+                Some(v.place(cache_row(blocks, rows_per_block, key), self.head * self.head_dim))
+            }
+            _ => None,
+        }
+    }
+}
+
 /// # Safety
 /// The CPU has `S`, and nobody writes to the source meanwhile.
 #[inline(always)]
@@ -113,7 +138,9 @@ pub unsafe fn attend<S: Simd>(a: &mut Attend) {
                 load_keys::<S>(a, at, count);
                 let keys = a.scratch.converted.as_ptr();
                 let columns = count.next_multiple_of(GRANULE);
-                gemm::<S>(n, columns, dim, a.queries.as_ptr(), dim, keys, CHUNK, scores.add(at - from), RUN, false);
+                let next = if at + CHUNK < end { a.key_place(at + CHUNK) } else { a.value_place(from) };
+                let (b, c) = ((keys, CHUNK), (scores.add(at - from), RUN));
+                gemm::<S>((n, columns, dim), (a.queries.as_ptr(), dim), b, c, false, next);
             }
             let columns = (end - from).next_multiple_of(GRANULE);
             for q in 0..n {
@@ -133,7 +160,9 @@ pub unsafe fn attend<S: Simd>(a: &mut Attend) {
                 let count = (end - at).min(CHUNK);
                 load_values::<S>(a, at, count);
                 let values = a.scratch.converted.as_ptr();
-                gemm::<S>(n, width, count, scores.add(at - from), RUN, values, width, a.acc.as_mut_ptr(), width, true);
+                let next = if at + CHUNK < end { a.value_place(at + CHUNK) } else { a.key_place(end) };
+                let (b, c) = ((values, width), (a.acc.as_mut_ptr(), width));
+                gemm::<S>((n, width, count), (scores.add(at - from), RUN), b, c, true, next);
             }
         }
         from = end;
@@ -277,23 +306,19 @@ impl<'a> Source<'a> {
     }
 }
 
-/// `C = A B` or `C += A B`, all row-major with the given strides; `columns` is a multiple of 16.
+/// `C = A B` or `C += A B`, all row-major, each a pointer and a stride; `shape` is rows, columns (a multiple of 16), depth. Draws
+/// what lies at `next` into the cache meanwhile: two lines to each step of the depth, which is an f16 chunk of 64 keys.
 ///
 /// # Safety
 /// The CPU has `S`; the matrices lie behind the pointers.
-#[allow(clippy::too_many_arguments)]
 #[inline(always)]
 unsafe fn gemm<S: Simd>(
-    rows: usize,
-    columns: usize,
-    depth: usize,
-    a: *const f32,
-    lda: usize,
-    b: *const f32,
-    ldb: usize,
-    c: *mut f32,
-    ldc: usize,
+    (rows, columns, depth): (usize, usize, usize),
+    (a, lda): (*const f32, usize),
+    (b, ldb): (*const f32, usize),
+    (c, ldc): (*mut f32, usize),
     accumulate: bool,
+    mut next: Option<*const u8>,
 ) {
     // SAFETY: blocks stay within rows and columns.
     unsafe {
@@ -310,8 +335,10 @@ unsafe fn gemm<S: Simd>(
             let mut row = 0;
             while row < rows {
                 let m = (rows - row).min(S::QUERY_ROWS);
-                let block =
-                    Block { a: a.add(row * lda), lda, b: b.add(column), ldb, c: c.add(row * ldc + column), ldc };
+                // Once is enough; afterwards a line that is there anyway costs less than a branch.
+                let ahead = next.take().map_or((b.cast(), 0), |p| (p, 2 * LINE));
+                let (a, b, c) = (a.add(row * lda), b.add(column), c.add(row * ldc + column));
+                let block = Block { a, lda, b, ldb, c, ldc, ahead };
                 match vectors {
                     4 => block.rows::<S, 4>(m, depth, accumulate),
                     2 => block.rows::<S, 2>(m, depth, accumulate),
@@ -331,6 +358,8 @@ struct Block {
     ldb: usize,
     c: *mut f32,
     ldc: usize,
+    /// What to prefetch, and the bytes to go on by.
+    ahead: (*const u8, usize),
 }
 
 impl Block {
@@ -366,7 +395,11 @@ impl Block {
                 }
             }
             let (mut a, mut b) = (self.a, self.b);
+            let (mut ahead, on) = self.ahead;
             for _ in 0..depth {
+                S::prefetch(ahead);
+                S::prefetch(ahead.wrapping_add(LINE));
+                ahead = ahead.wrapping_add(on);
                 let mut right = [S::splat(0.0); V];
                 for v in 0..V {
                     right[v] = S::load(b.add(v * S::LANES));

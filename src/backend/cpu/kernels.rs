@@ -20,13 +20,26 @@ pub struct Tile {
     pub n_in: usize,
     /// int8 `[block][quad 8][row][4]`, of 32-column blocks; or f32 `[column][row]`.
     pub x: *const u8,
-    /// `[block][META][row]`, see [`meta`]; unused by float weights.
+    /// `[META][block][row]`, see [`meta`]; unused by float weights.
     pub meta: *const u32,
     /// `[row][TILE]`
     pub out: *mut f32,
 }
 
-/// Words that accompany 32 activations.
+impl Tile {
+    /// The first of a word's `[block][row]` for groups of K rows.
+    ///
+    /// # Safety
+    /// The group has K rows.
+    #[inline(always)]
+    unsafe fn plane<const K: usize>(&self, word: usize) -> *const u32 {
+        // SAFETY: `meta` has WORDS planes.
+        unsafe { self.meta.add(word * (self.n_in / 32) * K) }
+    }
+}
+
+/// Words that accompany 32 activations; each is a plane of its own, so that a kernel draws those it needs into the cache and no
+/// others.
 pub mod meta {
     /// f32: what one quantum is worth.
     pub const SCALE: usize = 0;
@@ -211,11 +224,11 @@ unsafe fn add_quad<S: Simd, const K: usize>(s: &mut [S::I; K], weights: S::B, x:
 /// # Safety
 /// As for [`tile`].
 #[inline(always)]
-unsafe fn add_scaled<S: Simd, const K: usize>(acc: &mut [S::F; K], s: &[S::I; K], scale: S::F, m: *const u32) {
+unsafe fn add_scaled<S: Simd, const K: usize>(acc: &mut [S::F; K], s: &[S::I; K], scale: S::F, scales: *const u32) {
     for k in 0..K {
-        // SAFETY: a block has META words for K rows.
+        // SAFETY: K words of a block.
         unsafe {
-            let scale = S::mul(scale, S::splat(f32_at(m, meta::SCALE * K + k)));
+            let scale = S::mul(scale, S::splat(f32_at(scales, k)));
             acc[k] = S::fma(scale, S::to_f(s[k]), acc[k]);
         }
     }
@@ -232,12 +245,15 @@ unsafe fn tile_4<S: Simd, const K: usize, const HAS_MIN: bool>(t: &Tile) {
     unsafe {
         for lane in (0..TILE).step_by(S::LANES) {
             let mut acc = [S::splat(0.0); K];
-            let (mut w, mut x, mut m) = (t.weights, t.x.cast::<i32>(), t.meta);
+            let (mut w, mut x) = (t.weights, t.x.cast::<i32>());
+            let mut scales = t.plane::<K>(meta::SCALE);
+            let mut zeros = t.plane::<K>(meta::ZERO_8);
+            let mut sums = t.plane::<K>(meta::SUM);
             for _ in 0..t.n_in / 32 {
                 let mut s = [S::splat_i(0); K];
                 if !HAS_MIN {
                     for k in 0..K {
-                        s[k] = S::splat_i(i32_at(m, meta::ZERO_8 * K + k));
+                        s[k] = S::splat_i(i32_at(zeros, k));
                     }
                 }
                 repeat!([0 1 2 3] Q => {
@@ -251,16 +267,18 @@ unsafe fn tile_4<S: Simd, const K: usize, const HAS_MIN: bool>(t: &Tile) {
                     add_quad::<S, K>(&mut s, high, x, 4 + Q);
                 });
                 let d = S::load_f16(w.add(256 + 2 * lane).cast());
-                add_scaled::<S, K>(&mut acc, &s, d, m);
+                add_scaled::<S, K>(&mut acc, &s, d, scales);
                 if HAS_MIN {
                     let min = S::load_f16(w.add(288 + 2 * lane).cast());
                     for k in 0..K {
-                        acc[k] = S::fma(min, S::splat(f32_at(m, meta::SUM * K + k)), acc[k]);
+                        acc[k] = S::fma(min, S::splat(f32_at(sums, k)), acc[k]);
                     }
                 }
                 w = w.add(unit);
                 x = x.add(8 * K);
-                m = m.add(meta::WORDS * K);
+                scales = scales.add(K);
+                zeros = zeros.add(K);
+                sums = sums.add(K);
             }
             for k in 0..K {
                 S::store(t.out.add(k * TILE + lane), acc[k]);
@@ -279,11 +297,13 @@ unsafe fn tile_8<S: Simd, const K: usize>(t: &Tile) {
     unsafe {
         for lane in (0..TILE).step_by(S::LANES) {
             let mut acc = [S::splat(0.0); K];
-            let (mut w, mut x, mut m) = (t.weights, t.x.cast::<i32>(), t.meta);
+            let (mut w, mut x) = (t.weights, t.x.cast::<i32>());
+            let mut scales = t.plane::<K>(meta::SCALE);
+            let mut zeros = t.plane::<K>(meta::ZERO_128);
             for _ in 0..t.n_in / 32 {
                 let mut s = [S::splat_i(0); K];
                 for k in 0..K {
-                    s[k] = S::biased_start(i32_at(m, meta::ZERO_128 * K + k));
+                    s[k] = S::biased_start(i32_at(zeros, k));
                 }
                 repeat!([0 1 2 3 4 5 6 7] Q => {
                     if lane == 0 {
@@ -295,10 +315,11 @@ unsafe fn tile_8<S: Simd, const K: usize>(t: &Tile) {
                     }
                 });
                 let d = S::load_f16(w.add(512 + 2 * lane).cast());
-                add_scaled::<S, K>(&mut acc, &s, d, m);
+                add_scaled::<S, K>(&mut acc, &s, d, scales);
                 w = w.add(544);
                 x = x.add(8 * K);
-                m = m.add(meta::WORDS * K);
+                scales = scales.add(K);
+                zeros = zeros.add(K);
             }
             for k in 0..K {
                 S::store(t.out.add(k * TILE + lane), acc[k]);
@@ -318,7 +339,9 @@ unsafe fn tile_4_k<S: Simd, const K: usize, const HAS_HIGH: bool>(t: &Tile) {
     unsafe {
         for lane in (0..TILE).step_by(S::LANES) {
             let mut acc = [S::splat(0.0); K];
-            let (mut w, mut x, mut m) = (t.weights, t.x.cast::<i32>(), t.meta);
+            let (mut w, mut x) = (t.weights, t.x.cast::<i32>());
+            let mut scales = t.plane::<K>(meta::SCALE);
+            let mut sums = t.plane::<K>(meta::SUM);
             for _ in 0..t.n_in / 256 {
                 let d = S::load_f16(w.add(2 * lane).cast());
                 let dmin = S::mul(S::load_f16(w.add(32 + 2 * lane).cast()), S::splat(-1.0));
@@ -344,13 +367,14 @@ unsafe fn tile_4_k<S: Simd, const K: usize, const HAS_HIGH: bool>(t: &Tile) {
                     });
                     let scale = S::mul(d, S::load_u8(w.add(lane)));
                     let min = S::mul(dmin, S::load_u8(w.add(TILE + lane)));
-                    add_scaled::<S, K>(&mut acc, &s, scale, m);
+                    add_scaled::<S, K>(&mut acc, &s, scale, scales);
                     for k in 0..K {
-                        acc[k] = S::fma(min, S::splat(f32_at(m, meta::SUM * K + k)), acc[k]);
+                        acc[k] = S::fma(min, S::splat(f32_at(sums, k)), acc[k]);
                     }
                     w = w.add(block);
                     x = x.add(8 * K);
-                    m = m.add(meta::WORDS * K);
+                    scales = scales.add(K);
+                    sums = sums.add(K);
                 }
             }
             for k in 0..K {
@@ -370,7 +394,9 @@ unsafe fn tile_6_k<S: Simd, const K: usize>(t: &Tile) {
     unsafe {
         for lane in (0..TILE).step_by(S::LANES) {
             let mut acc = [S::splat(0.0); K];
-            let (mut w, mut x, mut m) = (t.weights, t.x.cast::<i32>(), t.meta);
+            let (mut w, mut x) = (t.weights, t.x.cast::<i32>());
+            let mut scales = t.plane::<K>(meta::SCALE);
+            let mut zeros = [t.plane::<K>(meta::ZERO_32), t.plane::<K>(meta::ZERO_32 + 1)];
             for _ in 0..t.n_in / 256 {
                 let d = S::load_f16(w.add(2 * lane).cast());
                 w = w.add(32);
@@ -382,7 +408,7 @@ unsafe fn tile_6_k<S: Simd, const K: usize>(t: &Tile) {
                     repeat!([0 1] HALF => {
                         let mut s = [S::splat_i(0); K];
                         for k in 0..K {
-                            s[k] = S::splat_i(i32_at(m, (meta::ZERO_32 + HALF) * K + k));
+                            s[k] = S::splat_i(i32_at(zeros[HALF], k));
                         }
                         let plane = S::load_b(q.add(256 + 64 * HALF + 4 * lane));
                         repeat!([0 1 2 3] Q => {
@@ -399,11 +425,12 @@ unsafe fn tile_6_k<S: Simd, const K: usize>(t: &Tile) {
                             let v = S::or(low, high);
                             add_quad::<S, K>(&mut s, v, x, 4 * HALF + Q);
                         });
-                        add_scaled::<S, K>(&mut acc, &s, scale[HALF], m);
+                        add_scaled::<S, K>(&mut acc, &s, scale[HALF], scales);
                     });
                     w = w.add(416);
                     x = x.add(8 * K);
-                    m = m.add(meta::WORDS * K);
+                    scales = scales.add(K);
+                    zeros = zeros.map(|z| z.add(K));
                 }
             }
             for k in 0..K {
@@ -495,6 +522,7 @@ unsafe fn tile<S: Simd, const T: u8, const K: usize>(t: &Tile) {
 unsafe fn quantize<S: Simd>(x: &[f32], quants: *mut i8, meta: *mut u32, rows: usize, row: usize) {
     // SAFETY: `row < rows`, and block `b` of the group has 32 * rows bytes and WORDS * rows words.
     unsafe {
+        let plane = x.len() / 32 * rows;
         for (b, x) in x.chunks_exact(32).enumerate() {
             let mut largest = S::splat(0.0);
             for i in (0..32).step_by(S::LANES) {
@@ -519,7 +547,7 @@ unsafe fn quantize<S: Simd>(x: &[f32], quants: *mut i8, meta: *mut u32, rows: us
             }
             let (first, second) = (S::reduce_add_i(sums[0]), S::reduce_add_i(sums[1]));
             let sum = first + second;
-            let m = meta.add(b * meta::WORDS * rows + row);
+            let m = meta.add(b * rows + row);
             let words = [
                 scale.to_bits(),
                 (-8 * sum) as u32,
@@ -529,7 +557,7 @@ unsafe fn quantize<S: Simd>(x: &[f32], quants: *mut i8, meta: *mut u32, rows: us
                 (-32 * second) as u32,
             ];
             for (i, word) in words.into_iter().enumerate() {
-                *m.add(i * rows) = word;
+                *m.add(i * plane) = word;
             }
         }
     }

@@ -145,7 +145,7 @@ impl Needs {
 /// Rows of activations in the forms that weights take, grouped as the kernels take them.
 pub struct Activations {
     quants: Shared<i8>,  // (group): (block, quad 8, row, 4)
-    meta: Shared<u32>,   // (group): (block, meta::WORDS, row)
+    meta: Shared<u32>,   // (group): (meta::WORDS, block, row)
     floats: Shared<f32>, // (group): (column, row)
     ggml: Shared<u8>,    // (slot 3, row, ggml_row_bytes)
     ggml_row_bytes: usize,

@@ -64,6 +64,11 @@ impl Rows {
         (part * self.parts.rows + row) * self.parts.bytes
     }
 
+    /// Where the head that begins at element `first` of the row lies: an address to prefetch.
+    pub fn place(&self, row: usize, first: usize) -> *const u8 {
+        self.data.as_ptr().cast_const().wrapping_add(self.at(row, first / self.parts.width))
+    }
+
     /// Whole heads from element `first` of the row on.
     ///
     /// # Safety
@@ -236,6 +241,11 @@ impl Granules {
     /// Whether [`Granules::read`] can take the 16 rows from `row` on.
     pub fn is_whole(&self, row: usize) -> bool {
         row.is_multiple_of(GRANULE) && row + GRANULE <= self.parts.rows
+    }
+
+    /// Where the granule of a row and of the head that begins at element `first` lies: an address to prefetch.
+    pub fn place(&self, row: usize, first: usize) -> *const u8 {
+        self.data.as_ptr().cast_const().wrapping_add(self.at(row, first / self.parts.width).base)
     }
 
     /// Whole heads from element `first` of the row on; `scratch` has room for an encoded row.
