@@ -15,6 +15,11 @@
 #include <stdint.h>
 
 /*
+ Leave the logits of the entry's last position.
+ */
+#define PHD_ENTRY_LOGITS 1
+
+/*
  Flags of phd_tokenize: add the special tokens that the model expects around a text.
  */
 #define PHD_TOKENIZE_ADD_SPECIAL 1
@@ -210,6 +215,23 @@ typedef struct phd_memory {
   uint64_t scratch_bytes;
 } phd_memory;
 
+/*
+ One sequence's part of a batch. All entries of an array have the `struct_size` of the first, `sizeof(phd_batch_entry)`.
+ */
+typedef struct phd_batch_entry {
+  size_t struct_size;
+  int32_t seq;
+  /*
+   PHD_ENTRY_LOGITS or 0: then the sequence has no logits afterwards.
+   */
+  uint32_t flags;
+  /*
+   What is appended: a piece of a prompt, or one token.
+   */
+  const int32_t *tokens;
+  size_t n_tokens;
+} phd_batch_entry;
+
 #ifdef __cplusplus
 extern "C" {
 #endif // __cplusplus
@@ -323,6 +345,17 @@ enum phd_status phd_prefill(struct phd_session *session,
 enum phd_status phd_step(struct phd_session *session, int32_t seq, int32_t token, struct phd_error **error);
 
 /*
+ Extends several sequences at once: pieces of prompts and single tokens of any of them, each sequence at most once. All copies of
+ all tokens share each pass over the weights. A batch is carried out whole or not at all: after any failure, the cancelling of
+ one of its sequences included, all of them are what they were, their logits included. `PHD_ERROR_CACHE_FULL` names the
+ positions that the batch needs and those free for it.
+ */
+enum phd_status phd_decode(struct phd_session *session,
+                           const struct phd_batch_entry *entries,
+                           size_t n_entries,
+                           struct phd_error **error);
+
+/*
  The logits that the last call on `seq` left, `n_vocab` of them. They lie in the session and are valid until the next
  call that changes that sequence. `PHD_ERROR_INVALID_ARGUMENT` if there are none.
  */
@@ -384,209 +417,6 @@ const char *phd_error_message(const struct phd_error *error);
  Frees an error; null is fine.
  */
 void phd_error_free(struct phd_error *error);
-
-/*
- Token ids of `len` bytes of UTF-8. `*n_tokens` is how many there are; if that exceeds `capacity`, nothing else is
- written and the status is `PHD_ERROR_BUFFER_TOO_SMALL`. A null buffer with capacity 0 asks for the count.
- */
-enum phd_status phd_tokenize(const struct phd_model *model,
-                             const char *text,
-                             size_t len,
-                             uint32_t flags,
-                             int32_t *tokens,
-                             size_t capacity,
-                             size_t *n_tokens,
-                             struct phd_error **error);
-
-/*
- The text of tokens, `*len` bytes, not terminated; it may end within a character. Control tokens have no text. Sizes
- are handled as in phd_tokenize.
- */
-enum phd_status phd_detokenize(const struct phd_model *model,
-                               const int32_t *tokens,
-                               size_t n_tokens,
-                               char *text,
-                               size_t capacity,
-                               size_t *len,
-                               struct phd_error **error);
-
-/*
- Whether generation ends with `token`: end of text, of turn, of message.
- */
-enum phd_status phd_token_is_end(const struct phd_model *model, int32_t token, bool *is_end, struct phd_error **error);
-
-/*
- Creates a streaming detokenizer. On failure `*out` is as it was.
- */
-enum phd_status phd_stream_create(const struct phd_model *model, struct phd_stream **out, struct phd_error **error);
-
-/*
- Passes one token and writes the whole characters that it completes, `*len` bytes of UTF-8, not terminated. With
- `PHD_ERROR_BUFFER_TOO_SMALL` the token has not been taken.
- */
-enum phd_status phd_stream_push(struct phd_stream *stream,
-                                int32_t token,
-                                char *text,
-                                size_t capacity,
-                                size_t *len,
-                                struct phd_error **error);
-
-/*
- Ends the text: an incomplete character becomes U+FFFD. The stream can then begin another.
- */
-enum phd_status phd_stream_finish(struct phd_stream *stream,
-                                  char *text,
-                                  size_t capacity,
-                                  size_t *len,
-                                  struct phd_error **error);
-
-/*
- Frees a stream; null is fine.
- */
-void phd_stream_free(struct phd_stream *stream);
-
-/*
- The name of a status, such as "PHD_ERROR_IO"; static. For a number that is none: "PHD_ERROR_UNKNOWN".
- */
-const char *phd_status_name(phd_status status);
-
-/*
- The status of an error; `PHD_OK` for null.
- */
-enum phd_status phd_error_status(const struct phd_error *error);
-
-/*
- One sentence naming the file, tensor or value; lives as long as the error. Empty for null.
- */
-const char *phd_error_message(const struct phd_error *error);
-
-/*
- Frees an error; null is fine.
- */
-void phd_error_free(struct phd_error *error);
-
-/*
- Writes the defaults into `params`; `struct_size` is `sizeof(phd_model_params)`.
- */
-void phd_model_params_init(struct phd_model_params *params, size_t struct_size);
-
-/*
- Writes the defaults into `params`; `struct_size` is `sizeof(phd_session_params)`.
- */
-void phd_session_params_init(struct phd_session_params *params, size_t struct_size);
-
-/*
- Creates a session, with everything it will ever need. `params` may be null. On failure `*out` is as it was.
- */
-enum phd_status phd_session_create(const struct phd_model *model,
-                                   const struct phd_session_params *params,
-                                   struct phd_session **out,
-                                   struct phd_error **error);
-
-/*
- Frees a session; null is fine. No call may be running on it.
- */
-void phd_session_free(struct phd_session *session);
-
-/*
- Reports what the session holds. The caller sets `out->struct_size`; no more than that is written.
- */
-enum phd_status phd_session_memory(const struct phd_session *session, struct phd_memory *out, struct phd_error **error);
-
-/*
- Appends `n_tokens` tokens to `seq` and leaves the last position's logits. After any failure the sequence, its logits
- included, is what it was; `PHD_ERROR_CACHE_FULL` names the positions needed and free.
- */
-enum phd_status phd_prefill(struct phd_session *session,
-                            int32_t seq,
-                            const int32_t *tokens,
-                            size_t n_tokens,
-                            struct phd_error **error);
-
-/*
- Appends one token; otherwise as phd_prefill.
- */
-enum phd_status phd_step(struct phd_session *session, int32_t seq, int32_t token, struct phd_error **error);
-
-/*
- The logits that the last call on `seq` left, `n_vocab` of them. They lie in the session and are valid until the next
- call that changes that sequence. `PHD_ERROR_INVALID_ARGUMENT` if there are none.
- */
-enum phd_status phd_logits(const struct phd_session *session,
-                           int32_t seq,
-                           const float **logits,
-                           size_t *n_vocab,
-                           struct phd_error **error);
-
-/*
- Positions in `seq`.
- */
-enum phd_status phd_seq_length(const struct phd_session *session,
-                               int32_t seq,
-                               size_t *n_positions,
-                               struct phd_error **error);
-
-/*
- Shortens `seq` to `n_positions`; 0 empties it. Unless that changes nothing its logits are gone.
- */
-enum phd_status phd_seq_truncate(struct phd_session *session,
-                                 int32_t seq,
-                                 size_t n_positions,
-                                 struct phd_error **error);
-
-/*
- Makes `dst` a copy of `src`, logits included, whatever `dst` held. Cache blocks are shared until one of the two writes
- into them.
- */
-enum phd_status phd_seq_fork(struct phd_session *session, int32_t src, int32_t dst, struct phd_error **error);
-
-/*
- From any thread: the call running on `seq`, or else the next one, returns `PHD_ERROR_CANCELLED`, which uses the
- request up.
- */
-enum phd_status phd_seq_cancel(const struct phd_session *session, int32_t seq, struct phd_error **error);
-
-/*
- Takes back a request to cancel that no call has used up.
- */
-enum phd_status phd_seq_cancel_clear(const struct phd_session *session, int32_t seq, struct phd_error **error);
-
-/*
- Writes the defaults into `params`; `struct_size` is `sizeof(phd_sampler_params)`.
- */
-void phd_sampler_params_init(struct phd_sampler_params *params, size_t struct_size);
-
-/*
- Creates a sampler for logits of `n_vocab`. `params` may be null. On failure `*out` is as it was.
- */
-enum phd_status phd_sampler_create(const struct phd_sampler_params *params,
-                                   size_t n_vocab,
-                                   struct phd_sampler **out,
-                                   struct phd_error **error);
-
-/*
- Chooses a token from `n_vocab` logits, which are not changed. The choice is not remembered: see phd_sampler_accept.
- */
-enum phd_status phd_sampler_sample(struct phd_sampler *sampler,
-                                   const float *logits,
-                                   size_t n_vocab,
-                                   int32_t *token,
-                                   struct phd_error **error);
-
-/*
- Tells the penalties of a token that has become part of the text.
- */
-enum phd_status phd_sampler_accept(struct phd_sampler *sampler, int32_t token, struct phd_error **error);
-
-/*
- Back to the seed and an empty memory.
- */
-enum phd_status phd_sampler_reset(struct phd_sampler *sampler, struct phd_error **error);
-
-/*
- Frees a sampler; null is fine.
- */
-void phd_sampler_free(struct phd_sampler *sampler);
 
 /*
  Token ids of `len` bytes of UTF-8. `*n_tokens` is how many there are; if that exceeds `capacity`, nothing else is

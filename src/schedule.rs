@@ -176,8 +176,8 @@ impl Ring {
 pub enum Wanted {
     /// None: the sequence is only extended.
     Nothing,
-    /// The last position, into the logits row of its sequence.
-    Last,
+    /// The last position, into this logits row.
+    Last(usize),
     /// Every new position, into consecutive logits rows from the given one on, restarting with each pass.
     Every(usize),
 }
@@ -517,7 +517,7 @@ impl Task {
     fn output_row(&self, position: usize) -> Option<usize> {
         match self.wanted {
             Wanted::Nothing => None,
-            Wanted::Last => (position + 1 == self.end).then_some(self.seq),
+            Wanted::Last(row) => (position + 1 == self.end).then_some(row),
             Wanted::Every(first) => (position >= self.start).then_some(first),
         }
     }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::backend::{Context, ContextOptions};
-use crate::cache::{BlockCopy, Layout, Pool, Reservation, Usage};
+use crate::cache::{Layout, Pool, Reservation, Usage};
 use crate::error::{Error, Result, invalid};
 use crate::model::Model;
 use crate::schedule::{Plan, Pruning, Ring, Task, Wanted};
@@ -75,10 +75,32 @@ impl CancelHandle {
     }
 }
 
+/// Rows that a pass always has room for if the session's sequences can make so many by one step each.
+const MAX_STEP_ROWS: usize = 1024;
+
 /// Logits rows of a scoring pass, beside those of the sequences.
 const SCORE_ROWS: usize = 16;
 
 type Progress = Box<dyn FnMut(f32) -> bool + Send>;
+
+/// One sequence's part of a batch.
+#[derive(Clone, Copy, Debug)]
+pub struct BatchEntry<'a> {
+    pub seq: i64,
+    /// What is appended: a piece of a prompt, or one token.
+    pub tokens: &'a [i32],
+    /// Whether the last position's logits are left; otherwise the sequence has none afterwards.
+    pub logits: bool,
+}
+
+/// An entry on its way.
+struct Part {
+    task: Task,
+    reservation: Reservation,
+    ring: Ring,
+    /// Whether any pass has computed something of it.
+    touched: bool,
+}
 
 pub struct Session {
     model: Arc<Model>,
@@ -87,6 +109,10 @@ pub struct Session {
     context: Box<dyn Context>,
     plan: Plan,
     has_logits: Vec<bool>,
+    /// (sequence): which of its two logits rows counts. A call writes the other one, so that a failed call changes nothing.
+    logits_row: Vec<usize>,
+    /// The running call's, empty between calls.
+    parts: Vec<Part>,
     cancel: CancelHandle,
     progress: Option<Progress>,
     /// Token ids of the call, as the pool wants them.
@@ -102,7 +128,8 @@ impl Session {
     pub fn new(model: Arc<Model>, options: &SessionOptions) -> Result<Session> {
         let rules = model.hyper.rules;
         let layout = Layout::new(&rules, options.n_positions, options.n_sequences)?;
-        let max_rows = options.max_rows.max(rules.copies);
+        // One step of every sequence is one pass, up to where its scratch would outgrow what it saves.
+        let max_rows = options.max_rows.max(rules.copies).max((layout.n_sequences * rules.copies).min(MAX_STEP_ROWS));
         let n_threads = match options.n_threads {
             0 => default_threads(),
             n if n <= 1024 => n,
@@ -113,14 +140,23 @@ impl Session {
             cache_type: options.cache_type,
             n_threads,
             max_rows,
-            n_logits: layout.n_sequences + SCORE_ROWS,
+            n_logits: 2 * layout.n_sequences + SCORE_ROWS,
         };
         let context = model.backend.clone().context(&context_options)?;
         Ok(Session {
-            plan: Plan::with_capacity(model.hyper.n_layers, max_rows, 1, layout.n_blocks, SCORE_ROWS),
+            // Sequences may share all their blocks.
+            plan: Plan::with_capacity(
+                model.hyper.n_layers,
+                max_rows,
+                layout.n_sequences,
+                layout.n_blocks * layout.n_sequences,
+                layout.n_sequences.max(SCORE_ROWS),
+            ),
             pool: Pool::new(layout),
             context,
             has_logits: vec![false; layout.n_sequences],
+            logits_row: (0..layout.n_sequences).map(|seq| 2 * seq).collect(),
+            parts: Vec::with_capacity(layout.n_sequences),
             cancel: CancelHandle { flags: (0..layout.n_sequences).map(|_| AtomicBool::new(false)).collect() },
             progress: None,
             tokens: Vec::with_capacity(layout.n_positions),
@@ -163,7 +199,23 @@ impl Session {
     /// # Errors
     /// `InvalidArgument`, `CacheFull`, `Cancelled`: the sequence is what it was, its logits included.
     pub fn prefill(&mut self, seq: i64, tokens: &[i32]) -> Result<()> {
-        self.append(seq, tokens, Wanted::Last, &mut |_, _, _| {})
+        self.decode(&[BatchEntry { seq, tokens, logits: true }])
+    }
+
+    /// Extends several sequences at once: all copies of all their tokens share each pass over the weights. Pieces of prompts and
+    /// single steps mix freely; a sequence may occur once. On the CPU a sequence's logits do not depend on who shares the batch,
+    /// to the bit.
+    ///
+    /// # Errors
+    /// Those of [`Session::prefill`]. A batch is carried out whole or not at all: after an error, the cancelling of any of its
+    /// sequences included, all of them are what they were, their logits included. `CacheFull` counts positions of the whole batch.
+    pub fn decode(&mut self, batch: &[BatchEntry]) -> Result<()> {
+        self.extend(&mut batch.iter().copied().map(Ok), None, &mut |_, _, _| {})
+    }
+
+    /// [`Session::decode`] for entries that are read one by one.
+    pub(crate) fn decode_each<'a>(&mut self, batch: &mut dyn Iterator<Item = Result<BatchEntry<'a>>>) -> Result<()> {
+        self.extend(batch, None, &mut |_, _, _| {})
     }
 
     /// Appends one token.
@@ -175,8 +227,9 @@ impl Session {
     pub fn score(&mut self, seq: i64, tokens: &[i32]) -> Result<Vec<f32>> {
         let mut scores = Vec::with_capacity(tokens.len().saturating_sub(1));
         let start = self.pool.len(self.pool.check_seq(seq)?);
-        let first = self.pool.layout().n_sequences;
-        self.append(seq, tokens, Wanted::Every(first), &mut |context, from, n| {
+        let first = 2 * self.pool.layout().n_sequences;
+        let entry = BatchEntry { seq, tokens, logits: false };
+        self.extend(&mut std::iter::once(Ok(entry)), Some(first), &mut |context, from, n| {
             for i in 0..n {
                 if let Some(&next) = tokens.get(from + i + 1 - start) {
                     scores.push(log_probability(context.logits(first + i), next as usize));
@@ -192,7 +245,7 @@ impl Session {
         if !self.has_logits[seq] {
             return Err(invalid!("sequence {seq} has no logits: prefill or step it first"));
         }
-        Ok(self.context.logits(seq))
+        Ok(self.context.logits(self.logits_row[seq]))
     }
 
     /// Positions in `seq`.
@@ -220,107 +273,142 @@ impl Session {
         }
         self.pool.fork(src, dst);
         self.context.copy_rings(src, dst);
-        self.context.copy_logits(src, dst);
+        self.context.copy_logits(self.logits_row[src], self.logits_row[dst]);
         self.has_logits[dst] = self.has_logits[src];
         Ok(())
     }
 
-    /// The one way by which sequences grow. `each_pass` sees the context after a pass: its first new position, and how
-    /// many positions have logits.
-    fn append(
+    /// The one way by which sequences grow. `every` is the first logits row for a single entry that wants all its positions';
+    /// `each_pass` sees the context after a pass of it: its first new position, and how many positions have logits.
+    fn extend<'a>(
         &mut self,
-        seq: i64,
-        tokens: &[i32],
-        wanted: Wanted,
+        batch: &mut dyn Iterator<Item = Result<BatchEntry<'a>>>,
+        every: Option<usize>,
         each_pass: &mut dyn FnMut(&dyn Context, usize, usize),
     ) -> Result<()> {
-        let seq = self.pool.check_seq(seq)?;
-        if tokens.is_empty() {
-            return Err(invalid!("no tokens given, expected at least one"));
-        }
-        let room = self.pool.room(seq);
-        if tokens.len() > room {
-            return Err(Error::CacheFull { needed: tokens.len(), free: room });
-        }
-        let n_vocab = self.model.hyper.n_vocab;
-        self.tokens.clear();
-        for (i, &token) in tokens.iter().enumerate() {
-            let id = u32::try_from(token).ok().filter(|&t| (t as usize) < n_vocab);
-            self.tokens.push(id.ok_or_else(|| invalid!("token {i} is {token}, expected 0 to {}", n_vocab - 1))?);
-        }
-        let start = self.pool.len(seq);
-        let ring = self.pool.ring(seq);
-        let (reservation, copy) = self.pool.reserve(seq, &self.tokens)?;
-        let rules = self.model.hyper.rules;
-        let n_layers = self.model.hyper.n_layers;
-        let range = start..start + tokens.len();
-        let mut task = Task::new(&rules, n_layers, seq, range, ring, wanted, self.options.pruning);
-        match self.run_task(&mut task, copy, each_pass) {
+        let result = self.begin(batch, every).and_then(|()| self.run_parts(every.is_some(), each_pass));
+        match &result {
             Ok(()) => {
-                self.pool.commit(reservation);
-                self.pool.set_ring(seq, task.ring_after(&rules, n_layers, ring));
-                self.has_logits[seq] = wanted == Wanted::Last;
-                Ok(())
-            }
-            Err((error, touched)) => {
-                self.roll_back(reservation, seq, touched);
-                if touched && wanted != Wanted::Last {
+                let (rules, n_layers) = (self.model.hyper.rules, self.model.hyper.n_layers);
+                for part in self.parts.drain(..) {
+                    let seq = part.task.seq;
+                    self.pool.commit(part.reservation);
+                    self.pool.set_ring(seq, part.task.ring_after(&rules, n_layers, part.ring));
                     self.has_logits[seq] = false;
+                    if let Wanted::Last(row) = part.task.wanted {
+                        (self.has_logits[seq], self.logits_row[seq]) = (true, row);
+                    }
                 }
-                Err(error)
+            }
+            Err(_) => {
+                // The last reservation first: each goes back to what it found.
+                while let Some(part) = self.parts.pop() {
+                    self.pool.undo(part.reservation);
+                    if part.touched {
+                        self.pool.set_ring(part.task.seq, Ring::LOST);
+                    }
+                }
             }
         }
+        result
     }
 
-    /// Runs a task pass by pass. The error says whether any pass was begun.
-    fn run_task(
+    /// Checks a batch and reserves its positions, into `parts`.
+    fn begin<'a>(
         &mut self,
-        task: &mut Task,
-        copy: Option<BlockCopy>,
-        each_pass: &mut dyn FnMut(&dyn Context, usize, usize),
-    ) -> Result<(), (Error, bool)> {
+        batch: &mut dyn Iterator<Item = Result<BatchEntry<'a>>>,
+        every: Option<usize>,
+    ) -> Result<()> {
+        let (rules, n_layers, n_vocab) = (self.model.hyper.rules, self.model.hyper.n_layers, self.model.hyper.n_vocab);
+        let mut total = 0usize;
+        while let Some(entry) = batch.next().transpose()? {
+            let seq = self.pool.check_seq(entry.seq)?;
+            if self.parts.iter().any(|p| p.task.seq == seq) {
+                return Err(invalid!("sequence {seq} occurs twice in the batch"));
+            }
+            if entry.tokens.is_empty() {
+                return Err(invalid!("no tokens given for sequence {seq}, expected at least one"));
+            }
+            let room = self.pool.room(seq);
+            if entry.tokens.len() > room {
+                let mut needed = total.saturating_add(entry.tokens.len());
+                while let Some(later) = batch.next().transpose()? {
+                    needed = needed.saturating_add(later.tokens.len());
+                }
+                return Err(Error::CacheFull { needed, free: total + room });
+            }
+            total += entry.tokens.len();
+            self.tokens.clear();
+            for (i, &token) in entry.tokens.iter().enumerate() {
+                let id = u32::try_from(token).ok().filter(|&t| (t as usize) < n_vocab);
+                self.tokens.push(id.ok_or_else(|| {
+                    invalid!("token {i} of sequence {seq} is {token}, expected 0 to {}", n_vocab - 1)
+                })?);
+            }
+            let (start, ring) = (self.pool.len(seq), self.pool.ring(seq));
+            let (reservation, copy) = self.pool.reserve(seq, &self.tokens)?;
+            if let Some(copy) = copy {
+                self.context.copy_block(copy);
+            }
+            let wanted = match every {
+                Some(first) => Wanted::Every(first),
+                None if entry.logits => Wanted::Last(self.logits_row[seq] ^ 1),
+                None => Wanted::Nothing,
+            };
+            let range = start..start + entry.tokens.len();
+            let task = Task::new(&rules, n_layers, seq, range, ring, wanted, self.options.pruning);
+            self.parts.push(Part { task, reservation, ring, touched: false });
+        }
+        if self.parts.is_empty() { Err(invalid!("the batch is empty, expected at least one entry")) } else { Ok(()) }
+    }
+
+    /// Runs the parts of a call pass by pass.
+    fn run_parts(&mut self, is_score: bool, each_pass: &mut dyn FnMut(&dyn Context, usize, usize)) -> Result<()> {
         let rules = self.model.hyper.rules;
         let flags = self.cancel.flags.clone();
-        let flag = &flags[task.seq];
-        if let Some(copy) = copy {
-            self.context.copy_block(copy);
-        }
-        let mut touched = false;
-        let mut done = task.start;
-        while !task.is_done() {
-            if flag.swap(false, Ordering::AcqRel) {
-                return Err((Error::Cancelled, touched));
+        let max_outputs = if is_score { SCORE_ROWS } else { self.pool.layout().n_sequences };
+        let mut done = self.parts[0].task.start;
+        while self.parts.iter().any(|p| !p.task.is_done()) {
+            if use_up(&flags, &self.parts) {
+                return Err(Error::Cancelled);
             }
             self.plan.clear();
-            self.plan.add(&rules, task, &self.pool, self.options.max_rows, SCORE_ROWS);
-            if self.plan.entries.is_empty() {
-                return Err((Error::Internal("no position fits into a pass".to_owned()), touched));
+            for part in self.parts.iter_mut().filter(|p| !p.task.is_done()) {
+                let before = self.plan.entries.len();
+                self.plan.add(&rules, &mut part.task, &self.pool, self.options.max_rows, max_outputs);
+                part.touched |= self.plan.entries.len() > before;
             }
-            touched = true;
-            let result = self.context.run(&self.plan, &|| flag.load(Ordering::Acquire));
-            if let Err(error) = result {
-                flag.store(false, Ordering::Release);
-                return Err((error, touched));
+            if self.plan.entries.is_empty() {
+                return Err(Error::Internal("no position fits into a pass".to_owned()));
+            }
+            let parts = &self.parts;
+            let is_cancelled = || parts.iter().any(|p| flags[p.task.seq].load(Ordering::Acquire));
+            if let Err(error) = self.context.run(&self.plan, &is_cancelled) {
+                use_up(&flags, &self.parts);
+                return Err(error);
             }
             self.rows_computed += self.plan.layers.iter().map(|l| l.enter.len() as u64).sum::<u64>();
             each_pass(&*self.context, done, self.plan.outputs.len());
             done += self.plan.outputs.len();
             if let Some(progress) = &mut self.progress {
-                let fraction = task.fraction_done();
-                if !task.is_done() && !progress(fraction) {
-                    return Err((Error::Cancelled, touched));
+                let (mut computed, mut all) = (0.0, 0.0);
+                for Part { task, .. } in &self.parts {
+                    let n = (task.end - task.start) as f32;
+                    (computed, all) = (computed + task.fraction_done() * n, all + n);
+                }
+                let is_done = self.parts.iter().all(|p| p.task.is_done());
+                if !is_done && !progress(computed / all) {
+                    return Err(Error::Cancelled);
                 }
             }
         }
         Ok(())
     }
+}
 
-    fn roll_back(&mut self, reservation: Reservation, seq: usize, touched: bool) {
-        self.pool.undo(reservation);
-        if touched {
-            self.pool.set_ring(seq, Ring::LOST);
-        }
-    }
+/// Takes back the requests to cancel any of `parts`; whether there were any.
+fn use_up(flags: &[AtomicBool], parts: &[Part]) -> bool {
+    parts.iter().filter(|p| flags[p.task.seq].swap(false, Ordering::AcqRel)).count() > 0
 }
 
 /// `ln softmax(logits)[token]`, summed in f64.

@@ -145,7 +145,7 @@ impl Machine {
             }
         }
         let range = start..start + tokens.len();
-        let mut task = Task::new(&self.rules, self.n_layers, seq, range, ring, Wanted::Last, pruning);
+        let mut task = Task::new(&self.rules, self.n_layers, seq, range, ring, Wanted::Last(seq), pruning);
         let mut plan = Plan::with_capacity(self.n_layers, max_rows, 1, 64, 4);
         while !task.is_done() {
             plan.clear();

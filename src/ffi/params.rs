@@ -90,6 +90,22 @@ pub struct phd_memory {
     pub scratch_bytes: u64,
 }
 
+/// Leave the logits of the entry's last position.
+pub const PHD_ENTRY_LOGITS: u32 = 1;
+
+/// One sequence's part of a batch. All entries of an array have the `struct_size` of the first, `sizeof(phd_batch_entry)`.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct phd_batch_entry {
+    pub struct_size: usize,
+    pub seq: i32,
+    /// PHD_ENTRY_LOGITS or 0: then the sequence has no logits afterwards.
+    pub flags: u32,
+    /// What is appended: a piece of a prompt, or one token.
+    pub tokens: *const i32,
+    pub n_tokens: usize,
+}
+
 /// A struct of plain old data with a leading size.
 ///
 /// # Safety
@@ -132,6 +148,15 @@ unsafe impl Versioned for phd_session_params {
             progress: None,
             progress_user: std::ptr::null_mut(),
         }
+    }
+}
+
+// SAFETY: as above.
+unsafe impl Versioned for phd_batch_entry {
+    const NAME: &'static str = "phd_batch_entry";
+
+    fn defaults() -> Self {
+        phd_batch_entry { struct_size: size_of::<Self>(), seq: 0, flags: 0, tokens: std::ptr::null(), n_tokens: 0 }
     }
 }
 

@@ -4,10 +4,10 @@ use std::ffi::c_void;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard};
 
-use super::params::{self, phd_memory, phd_session_params};
+use super::params::{self, PHD_ENTRY_LOGITS, phd_batch_entry, phd_memory, phd_session_params};
 use super::{borrow, guard, input, output, phd_error, phd_model, phd_status};
 use crate::error::{Error, Result, invalid};
-use crate::session::{CacheType, CancelHandle, Session, SessionOptions};
+use crate::session::{BatchEntry, CacheType, CancelHandle, Session, SessionOptions};
 
 /// A fixed-size KV cache and the sequences in it. Calls from several threads wait for each other.
 pub struct phd_session {
@@ -176,6 +176,46 @@ pub unsafe extern "C" fn phd_step(
 ) -> phd_status {
     // SAFETY: a live handle, by the C contract.
     unsafe { with(session, error, |s| s.step(seq.into(), token)) }
+}
+
+/// Extends several sequences at once: pieces of prompts and single tokens of any of them, each sequence at most once. All copies of
+/// all tokens share each pass over the weights. A batch is carried out whole or not at all: after any failure, the cancelling of
+/// one of its sequences included, all of them are what they were, their logits included. `PHD_ERROR_CACHE_FULL` names the
+/// positions that the batch needs and those free for it.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn phd_decode(
+    session: *mut phd_session,
+    entries: *const phd_batch_entry,
+    n_entries: usize,
+    error: *mut *mut phd_error,
+) -> phd_status {
+    let body = |s: &mut Session| {
+        if entries.is_null() && n_entries > 0 {
+            return Err(invalid!("entries is null, but there are {n_entries}"));
+        }
+        let mut stride = None;
+        let mut read = |i: usize| {
+            // SAFETY: entry `i` begins `i` strides after the first, by the C contract; `read` checks its size.
+            let entry = unsafe {
+                let at = entries.byte_add(i * stride.unwrap_or(0));
+                let size = at.cast::<usize>().read_unaligned();
+                if *stride.get_or_insert(size) != size {
+                    return Err(invalid!("entry {i} has struct_size {size}, entry 0 another"));
+                }
+                params::read(at)?
+            };
+            let phd_batch_entry { seq, flags, tokens, n_tokens, .. } = entry;
+            if flags & !PHD_ENTRY_LOGITS != 0 {
+                return Err(invalid!("entry {i} has flags {flags:#x}, expected PHD_ENTRY_LOGITS or 0"));
+            }
+            // SAFETY: readable tokens, by the C contract.
+            let tokens = unsafe { input(tokens, n_tokens, "tokens")? };
+            Ok(BatchEntry { seq: seq.into(), tokens, logits: flags != 0 })
+        };
+        s.decode_each(&mut (0..n_entries).map(&mut read))
+    };
+    // SAFETY: a live handle, by the C contract.
+    unsafe { with(session, error, body) }
 }
 
 /// The logits that the last call on `seq` left, `n_vocab` of them. They lie in the session and are valid until the next

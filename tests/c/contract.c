@@ -103,7 +103,7 @@ static void sessions(const char *golden) {
   phd_session *session = NULL, *other = NULL;
   phd_session_params params;
   const float *logits = NULL;
-  float first[128];
+  float first[128], second[128];
   size_t n = 0;
   int32_t tokens[N + 1];
   for (int i = 0; i <= N; i++) tokens[i] = (i * 37 + 11) % 128;
@@ -170,6 +170,51 @@ static void sessions(const char *golden) {
   OK(phd_seq_truncate(session, 0, 0, &error));
   OK(phd_seq_length(session, 0, &n, &error));
   CHECK(n == 0);
+
+  /* Several sequences in one call, carried out whole or not at all. */
+  phd_batch_entry entries[2];
+  memset(entries, 0, sizeof entries);
+  for (int i = 0; i < 2; i++) {
+    entries[i].struct_size = sizeof entries[i];
+    entries[i].seq = i;
+    entries[i].flags = PHD_ENTRY_LOGITS;
+    entries[i].tokens = tokens;
+    entries[i].n_tokens = N / 4;
+  }
+  OK(phd_seq_truncate(session, 1, 0, &error));
+  INVALID("session", phd_decode(NULL, entries, 2, &error));
+  INVALID("entries is null", phd_decode(session, NULL, 2, &error));
+  INVALID("empty", phd_decode(session, NULL, 0, &error));
+  INVALID("empty", phd_decode(session, entries, 0, &error));
+  entries[1].struct_size = 16;
+  INVALID("entry 1 has struct_size 16", phd_decode(session, entries, 2, &error));
+  entries[1].struct_size = sizeof entries[1];
+  entries[1].flags = 6;
+  INVALID("entry 1 has flags 0x6", phd_decode(session, entries, 2, &error));
+  entries[1].flags = PHD_ENTRY_LOGITS;
+  entries[1].tokens = NULL;
+  INVALID("tokens is null", phd_decode(session, entries, 2, &error));
+  entries[1].tokens = tokens;
+  entries[1].seq = 0;
+  INVALID("twice", phd_decode(session, entries, 2, &error));
+  entries[1].seq = 1;
+  entries[1].n_tokens = N;
+  EXPECT(PHD_ERROR_CACHE_FULL, "50 more", phd_decode(session, entries, 2, &error));
+  OK(phd_seq_length(session, 0, &n, &error));
+  CHECK(n == 0);
+  entries[1].n_tokens = N / 4;
+  OK(phd_decode(session, entries, 2, &error));
+  entries[0].tokens = entries[1].tokens = tokens + N / 4;
+  entries[0].flags = 0;
+  OK(phd_decode(session, entries, 2, &error));
+  INVALID("no logits", phd_logits(session, 0, &logits, &n, &error));
+  OK(phd_logits(session, 1, &logits, &n, &error));
+  OK(phd_prefill(other, 0, tokens, N / 2, &error));
+  memcpy(second, logits, sizeof second);
+  OK(phd_logits(other, 0, &logits, &n, &error));
+  for (int i = 0; i < 128; i++) CHECK(fabsf(logits[i] - second[i]) < 1e-4f);
+  OK(phd_seq_truncate(other, 0, 0, &error));
+
   OK(phd_prefill(other, 1, tokens, N, &error));
   phd_session_free(session);
   OK(phd_logits(other, 1, &logits, &n, &error));
