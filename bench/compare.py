@@ -4,8 +4,8 @@
     bench/compare.py --llama LLAMA_BIN_FOLDER [--threads 2] [--rounds 3] [--prompt 512] MODEL.gguf ...
 
 LLAMA_BIN_FOLDER holds llama-bench and llama-batched-bench, built natively for this machine. One round times llama.cpp's prefill and
-decode, its steps of 1, 2, 3, 4 and 8 rows (as many sequences), then libphd's prefill and steps at K = 1, 2, 3, 4 and 8; rounds
-alternate, so that both meet the same disturbances.
+decode, its steps of 1, 2, 3, 4 and 8 rows (as many sequences), then libphd's prefill, its steps at K = 1, 2, 3, 4 and 8, and 1 to 32
+sequences that decode together with K = 1; rounds alternate, so that both meet the same disturbances.
 """
 import argparse
 import json
@@ -28,8 +28,9 @@ def main():
     parser.add_argument("models", nargs="+")
     args = parser.parse_args()
     rows = [1, 2, 3, 4, 8]
+    together = [1, 2, 4, 8, 16, 32]
     for model in args.models:
-        prefill, decode, step = {"llama": [], "phd": []}, [], {}
+        prefill, decode, step, batch = {"llama": [], "phd": []}, [], {}, {}
         gb_per_second, variant = [], ""
         for _ in range(args.rounds):
             threads = ["-t", str(args.threads)]
@@ -40,7 +41,7 @@ def main():
             decode.append(out[1]["avg_ts"])
             counts = ",".join(map(str, rows))
             out = run(
-                [f"{args.llama}/llama-batched-bench", "-m", model, "-c", "2048", "-npp", "64", "-ntg", "24", "-npl", counts,
+                [f"{args.llama}/llama-batched-bench", "-m", model, "-c", "4096", "-npp", "64", "-ntg", "24", "-npl", counts + ",16,32",
                  "--output-format", "jsonl"] + threads
             )
             for line in filter(lambda l: l.startswith("{"), out.splitlines()):
@@ -50,6 +51,12 @@ def main():
                 run([args.phd, "bench", model, "--prompt", str(args.prompt), "--prefills", "1", "--context", "64", "--copies-list",
                      counts, "--steps", "24", "--json"] + threads)
             )
+            batches = json.loads(
+                run([args.phd, "bench", model, "--prompt", "0", "--context", "64", "--copies-list", "1", "--sequences",
+                     ",".join(map(str, together)), "--steps", "24", "--json"] + threads)
+            )
+            for t in batches["together"]:
+                batch.setdefault(t["sequences"], []).append(t["ms"])
             variant = out["backend"]
             gb_per_second.append(out["read_gb_per_second"])
             prefill["phd"].append(out["prefill"][0]["tokens_per_second"])
@@ -69,6 +76,9 @@ def main():
                 f"| {theirs:.2f} ({theirs / first['llama']:.2f}) | {theirs / ours:.2f} |",
                 flush=True,
             )
+        for n in together:
+            ours, theirs = (n * 1e3 / statistics.median(ms) for ms in (batch[n], step["llama", n]))
+            print(f"| {n} sequence{'s' if n > 1 else ''} decoding, tok/s | {ours:.0f} | {theirs:.0f} | {ours / theirs:.2f} |", flush=True)
 
 
 main()

@@ -6,7 +6,8 @@ set -euo pipefail
 missing=()
 command -v cc >/dev/null && command -v c++ >/dev/null && command -v nm >/dev/null && command -v make >/dev/null || missing+=(build-essential)
 command -v cmake >/dev/null || missing+=(cmake)
-compgen -G "/usr/lib/llvm-*/lib/libclang*.so*" >/dev/null || missing+=(libclang-dev clang)
+# Not libclang-cpp, which other packages bring along: bindgen loads the C library.
+compgen -G "/usr/lib/llvm-*/lib/libclang*[0-9].so*" >/dev/null || compgen -G "/usr/lib/llvm-*/lib/libclang.so*" >/dev/null || missing+=(libclang-dev clang)
 python3 -m pip --version >/dev/null 2>&1 || missing+=(python3-pip)
 command -v valgrind >/dev/null || missing+=(valgrind)
 # Valgrind cannot start without the loader's symbols.

@@ -176,7 +176,7 @@ fn forks_step_in_one_batch() {
         let n = g.tokens.len();
         // Large enough for blocks of several positions.
         let mut s = session(&g, backend, 64 * SEQUENCES * 16, 64);
-        let cut = n / 2 | 1;
+        let cut = (n / 2) | 1;
         let other: Vec<i32> = g.tokens[cut..].iter().map(|t| (t + 1) % 100).collect();
         let alone = |tokens: &[i32]| -> Result<Vec<f32>> {
             let mut s = session(&g, backend, n, 64);

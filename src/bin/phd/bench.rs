@@ -4,7 +4,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use clap::Args;
-use phd::Session;
+use phd::session::BatchEntry;
+use phd::{Model, Session};
 use serde_json::json;
 
 use crate::{Common, Failure};
@@ -28,6 +29,9 @@ pub struct Bench {
     /// The K to time, in turn; ratios are to the first
     #[arg(long, value_delimiter = ',', default_value = "1,2,3,4")]
     copies_list: Vec<usize>,
+    /// Numbers of sequences that decode together, each with the first of --context cached
+    #[arg(long, value_delimiter = ',')]
+    sequences: Vec<usize>,
     /// Print JSON
     #[arg(long)]
     json: bool,
@@ -35,6 +39,9 @@ pub struct Bench {
 
 /// Steps of one K before another has its turn.
 const TURN: usize = 4;
+
+/// Threads of the session that had its turn go to sleep, before another's are timed.
+const PAUSE: Duration = Duration::from_millis(2);
 
 struct Contender {
     copies: usize,
@@ -45,8 +52,8 @@ struct Contender {
 
 impl Bench {
     pub fn execute(&self) -> Result<(), Failure> {
-        if self.steps == 0 || self.copies_list.is_empty() || self.context.contains(&0) {
-            return Err("--steps, --copies-list and --context need at least one".into());
+        if self.steps == 0 || self.copies_list.is_empty() || self.context.contains(&0) || self.sequences.contains(&0) {
+            return Err("--steps, --copies-list, --context and --sequences need at least one".into());
         }
         let model = self.common.load()?;
         let mut contexts = self.context.clone();
@@ -62,8 +69,7 @@ impl Bench {
         let n_vocab = model.desc().n_vocab;
         let token = |i: usize| (i * 7919 % n_vocab) as i32;
         let tokens: Vec<i32> = (0..room).map(token).collect();
-        // Threads of the session that had its turn go to sleep, before another's are timed.
-        let pause = || std::thread::sleep(Duration::from_millis(2));
+        let pause = || std::thread::sleep(PAUSE);
 
         let rounds = if self.prompt == 0 { 0 } else { self.prefills };
         let bar = indicatif::ProgressBar::new((rounds + contexts.len()) as u64).with_message("timing");
@@ -120,6 +126,7 @@ impl Bench {
             bar.inc(1);
         }
         bar.finish_and_clear();
+        let together = self.together(&model, self.context[0], &tokens)?;
         let backend = model.backend_name();
         if self.json {
             let base = all[0].prefill_ms.clone();
@@ -140,7 +147,7 @@ impl Bench {
                 .collect();
             let result = json!({"backend": backend, "threads": threads, "prompt": self.prompt,
                 "read_gb_per_second": bandwidth * 1e-9, "weight_bytes_per_pass": model.pass_bytes(),
-                "prefill": prefill, "steps": steps});
+                "prefill": prefill, "steps": steps, "together": together.iter().map(Together::json).collect::<Vec<_>>()});
             println!("{result}");
             return Ok(());
         }
@@ -170,7 +177,74 @@ impl Bench {
                 100.0 * r.share
             );
         }
+        if !together.is_empty() {
+            println!(
+                "\nsequences together, {} positions each, median of {} steps\n   n    K          ms     tok/s  tok/s over 1  K over {}",
+                self.context[0], self.steps, self.copies_list[0]
+            );
+        }
+        for t in &together {
+            let [alone, first] = [(self.sequences[0], t.copies), (t.sequences, self.copies_list[0])].map(|key| {
+                let other = together.iter().find(|o| (o.sequences, o.copies) == key).expect("all pairs were timed");
+                t.tokens_per_second() / other.tokens_per_second()
+            });
+            let (ms, rate) = (t.ms, t.tokens_per_second());
+            println!("{:4} {:4} {ms:11.2} {rate:9.1} {alone:13.2} {first:9.2}", t.sequences, t.copies);
+        }
         Ok(())
+    }
+
+    /// Steps of several sequences in one batch, for each number of them and each K.
+    fn together(&self, model: &Model, context: usize, tokens: &[i32]) -> Result<Vec<Together>, Failure> {
+        let mut times = Vec::new();
+        for &n in &self.sequences {
+            let mut contenders = Vec::new();
+            for &copies in &self.copies_list {
+                let hidden = if copies > 1 { (self.common.window, self.common.chunk) } else { (0, 0) };
+                let model = Arc::new(model.with_rules((copies, hidden.0, hidden.1))?);
+                // A sequence's last block may be part-filled.
+                let room = n * (context + 2 * (self.steps + TURN) + 16);
+                let mut session = self.common.sessions(&model, room, n)?;
+                for seq in 0..n {
+                    session.prefill(seq as i64, &tokens[..context])?;
+                }
+                contenders.push((copies, session, Vec::new()));
+            }
+            for _ in 0..self.steps.div_ceil(TURN) {
+                for (_, session, ms) in &mut contenders {
+                    std::thread::sleep(PAUSE);
+                    for i in 0..=TURN {
+                        let len = session.len(0)?;
+                        let begin = Instant::now();
+                        let next = |seq| BatchEntry { seq, tokens: &tokens[len..len + 1], logits: true };
+                        session.decode(&(0..n as i64).map(next).collect::<Vec<_>>())?;
+                        if i > 0 {
+                            ms.push(begin.elapsed().as_secs_f64() * 1e3);
+                        }
+                    }
+                }
+            }
+            for (copies, _, mut ms) in contenders {
+                times.push(Together { sequences: n, copies, ms: median(&mut ms) });
+            }
+        }
+        Ok(times)
+    }
+}
+
+struct Together {
+    sequences: usize,
+    copies: usize,
+    ms: f64,
+}
+
+impl Together {
+    fn tokens_per_second(&self) -> f64 {
+        1e3 * self.sequences as f64 / self.ms
+    }
+
+    fn json(&self) -> serde_json::Value {
+        json!({"sequences": self.sequences, "copies": self.copies, "ms": self.ms, "tokens_per_second": self.tokens_per_second()})
     }
 }
 

@@ -119,12 +119,18 @@ impl Common {
     }
 
     fn session(&self, model: &Arc<Model>, n_positions: usize) -> Result<Session, Failure> {
+        self.sessions(model, n_positions, 1)
+    }
+
+    /// A session of `n_sequences`, with `n_positions` for all of them.
+    fn sessions(&self, model: &Arc<Model>, n_positions: usize, n_sequences: usize) -> Result<Session, Failure> {
         let cache_type = match self.cache {
             Cache::F32 => CacheType::F32,
             Cache::F16 => CacheType::F16,
             Cache::Q8_0 => CacheType::Q8_0,
         };
-        let options = SessionOptions { n_positions, n_threads: self.threads, cache_type, ..Default::default() };
+        let options =
+            SessionOptions { n_positions, n_sequences, n_threads: self.threads, cache_type, ..Default::default() };
         Ok(Session::new(model.clone(), &options)?)
     }
 }
