@@ -20,6 +20,11 @@
 #define PHD_ENTRY_LOGITS 1
 
 /*
+ Leave the logits of all of the entry's positions: see phd_logits_at.
+ */
+#define PHD_ENTRY_LOGITS_ALL 2
+
+/*
  Flags of phd_tokenize: add the special tokens that the model expects around a text.
  */
 #define PHD_TOKENIZE_ADD_SPECIAL 1
@@ -165,7 +170,48 @@ typedef struct phd_session_params {
    */
   phd_progress progress;
   void *progress_user;
+  /*
+   Texts that phd_seq_retain keeps at most.
+   */
+  uint32_t n_retained;
+  /*
+   For speculative decoding: positions that can be taken back without recomputing hidden rows; and the tokens, for each
+   sequence of a batch, whose logits PHD_ENTRY_LOGITS_ALL can ask for are one more (16 in all at least).
+   */
+  uint32_t n_draft;
+  /*
+   1: a sequence's results must not depend, in any bit, on who shares its batches. On the CPU they never do; a backend that
+   would trade that for speed does not under this flag.
+   */
+  uint32_t batch_invariant;
+  /*
+   Must be 0.
+   */
+  uint32_t reserved;
 } phd_session_params;
+
+/*
+ See phd_seq_set_policy.
+ */
+typedef struct phd_seq_policy {
+  size_t struct_size;
+  /*
+   A phd_when_full.
+   */
+  uint32_t when_full;
+  /*
+   Positions at the beginning that are never dropped; rounded up to whole blocks.
+   */
+  uint32_t n_keep;
+  /*
+   Positions that the sequence may have; 0 = as many as the session allows.
+   */
+  uint32_t limit;
+  /*
+   Must be 0.
+   */
+  uint32_t reserved;
+} phd_seq_policy;
 
 typedef struct phd_sampler_params {
   size_t struct_size;
@@ -222,7 +268,7 @@ typedef struct phd_batch_entry {
   size_t struct_size;
   int32_t seq;
   /*
-   PHD_ENTRY_LOGITS or 0: then the sequence has no logits afterwards.
+   PHD_ENTRY_LOGITS, PHD_ENTRY_LOGITS_ALL, or 0: then the sequence has no logits afterwards.
    */
   uint32_t flags;
   /*
@@ -231,6 +277,94 @@ typedef struct phd_batch_entry {
   const int32_t *tokens;
   size_t n_tokens;
 } phd_batch_entry;
+
+/*
+ How a session's pool is used, in positions of whole blocks: used + retained + free is the whole pool.
+ */
+typedef struct phd_usage {
+  size_t struct_size;
+  /*
+   In blocks that sequences refer to.
+   */
+  uint64_t used;
+  /*
+   In blocks that nobody refers to.
+   */
+  uint64_t free;
+  /*
+   The part of `used` that several sequences share, counted once.
+   */
+  uint64_t shared;
+  /*
+   In blocks that only retained texts refer to: given up as soon as a sequence needs them.
+   */
+  uint64_t retained;
+  /*
+   Positions of a block.
+   */
+  uint64_t block;
+} phd_usage;
+
+/*
+ A session's counters since it was created; times in nanoseconds.
+ */
+typedef struct phd_stats {
+  size_t struct_size;
+  /*
+   Positions appended by entries of several tokens.
+   */
+  uint64_t prompt_tokens;
+  /*
+   Positions appended by entries of one token.
+   */
+  uint64_t step_tokens;
+  /*
+   Time in calls with an entry of several tokens.
+   */
+  uint64_t prefill_ns;
+  /*
+   Time in calls of single tokens only.
+   */
+  uint64_t step_ns;
+  /*
+   Time that calls have waited for one another.
+   */
+  uint64_t wait_ns;
+  /*
+   Calls that extend sequences, failed ones included.
+   */
+  uint64_t calls;
+  /*
+   Passes over the weights.
+   */
+  uint64_t passes;
+  /*
+   Rows that have entered a layer, summed over layers.
+   */
+  uint64_t rows;
+  uint64_t cancelled;
+  /*
+   Calls that found the cache full.
+   */
+  uint64_t cache_full;
+  uint64_t prefix_lookups;
+  /*
+   Look-ups that found at least one token.
+   */
+  uint64_t prefix_hits;
+  /*
+   Positions taken over instead of computed.
+   */
+  uint64_t prefix_tokens;
+  /*
+   Positions dropped by policies.
+   */
+  uint64_t dropped;
+  /*
+   Positions that retained texts have given up.
+   */
+  uint64_t evicted;
+} phd_stats;
 
 #ifdef __cplusplus
 extern "C" {
@@ -273,6 +407,11 @@ void phd_model_params_init(struct phd_model_params *params, size_t struct_size);
  Writes the defaults into `params`; `struct_size` is `sizeof(phd_session_params)`.
  */
 void phd_session_params_init(struct phd_session_params *params, size_t struct_size);
+
+/*
+ Writes the defaults into `policy`; `struct_size` is `sizeof(phd_seq_policy)`.
+ */
+void phd_seq_policy_init(struct phd_seq_policy *policy, size_t struct_size);
 
 /*
  Writes the defaults into `params`; `struct_size` is `sizeof(phd_sampler_params)`.
@@ -366,6 +505,46 @@ enum phd_status phd_logits(const struct phd_session *session,
                            struct phd_error **error);
 
 /*
+ The logits after token `index` of the last entry of `seq`, if that asked for PHD_ENTRY_LOGITS_ALL. They are valid until the
+ sequence is changed or another call asks for all positions'. `PHD_ERROR_INVALID_ARGUMENT` if there are none.
+ */
+enum phd_status phd_logits_at(const struct phd_session *session,
+                              int32_t seq,
+                              size_t index,
+                              const float **logits,
+                              size_t *n_vocab,
+                              struct phd_error **error);
+
+/*
+ Appends tokens as phd_prefill does, leaves no logits, and writes `ln p(tokens[i] | everything before it)` for i = 1.. to
+ `scores[i - 1]`: `n_tokens - 1` of them. A small buffer gets `PHD_ERROR_BUFFER_TOO_SMALL` and nothing is appended.
+ */
+enum phd_status phd_score(struct phd_session *session,
+                          int32_t seq,
+                          const int32_t *tokens,
+                          size_t n_tokens,
+                          float *scores,
+                          size_t capacity,
+                          size_t *n_scores,
+                          struct phd_error **error);
+
+/*
+ Appends tokens as phd_prefill does, leaves no logits, and writes an embedding of them, `n_embd` numbers: the output norm's row of
+ the last copy, `pooling` (a phd_pooling) over the tokens, divided by its length if `normalize`. Empty the sequence before and after
+ for embeddings of single texts. A small buffer gets `PHD_ERROR_BUFFER_TOO_SMALL` and nothing is appended.
+ */
+enum phd_status phd_embed(struct phd_session *session,
+                          int32_t seq,
+                          const int32_t *tokens,
+                          size_t n_tokens,
+                          uint32_t pooling,
+                          bool normalize,
+                          float *embedding,
+                          size_t capacity,
+                          size_t *n_embd,
+                          struct phd_error **error);
+
+/*
  Positions in `seq`.
  */
 enum phd_status phd_seq_length(const struct phd_session *session,
@@ -397,6 +576,78 @@ enum phd_status phd_seq_cancel(const struct phd_session *session, int32_t seq, s
  Takes back a request to cancel that no call has used up.
  */
 enum phd_status phd_seq_cancel_clear(const struct phd_session *session, int32_t seq, struct phd_error **error);
+
+/*
+ Empties `seq` and keeps its text as long as there is room, so that phd_seq_take_prefix can take it over. Retained texts give way,
+ the least recently used first and from its end, as soon as a sequence needs their blocks.
+ */
+enum phd_status phd_seq_retain(struct phd_session *session,
+                               int32_t seq,
+                               struct phd_error **error);
+
+/*
+ How many of `tokens` the longest cached text has that they begin with, among all sequences and retained texts; 0 if none.
+ `*seq` is the sequence that has it, or -1. Nothing is changed.
+ */
+enum phd_status phd_seq_match_prefix(struct phd_session *session,
+                                     const int32_t *tokens,
+                                     size_t n_tokens,
+                                     size_t *n_positions,
+                                     int32_t *seq,
+                                     struct phd_error **error);
+
+/*
+ Makes `seq`, whatever it held, the longest cached prefix of `tokens`, and writes its length. Keys and values are shared, not
+ computed. The sequence has no logits: leave the last token out, and prefill what is missing. Of hidden rows at most one chunk's
+ positions are computed again by that (PHD-SWA: a few windows).
+ */
+enum phd_status phd_seq_take_prefix(struct phd_session *session,
+                                    int32_t seq,
+                                    const int32_t *tokens,
+                                    size_t n_tokens,
+                                    size_t *n_positions,
+                                    struct phd_error **error);
+
+/*
+ The tokens of `seq`, in order. A small buffer gets `PHD_ERROR_BUFFER_TOO_SMALL` and the size in `*n_tokens`.
+ */
+enum phd_status phd_seq_tokens(const struct phd_session *session,
+                               int32_t seq,
+                               int32_t *tokens,
+                               size_t capacity,
+                               size_t *n_tokens,
+                               struct phd_error **error);
+
+/*
+ Decides what happens when `seq` is full, from the next call on; null: the default, to stop. Under PHD_WHEN_FULL_DROP_MIDDLE a
+ call that finds no room below `limit` first drops, and is still carried out whole or not at all. For the moment of the dropping
+ the old text and the new one both take room: `limit` is at most the session's positions less `n_keep` and a block.
+ */
+enum phd_status phd_seq_set_policy(struct phd_session *session,
+                                   int32_t seq,
+                                   const struct phd_seq_policy *policy,
+                                   struct phd_error **error);
+
+/*
+ Positions that its policy has dropped from `seq`.
+ */
+enum phd_status phd_seq_dropped(const struct phd_session *session,
+                                int32_t seq,
+                                size_t *n_positions,
+                                struct phd_error **error);
+
+/*
+ How the pool is used. The caller sets `out->struct_size`; no more than that is written.
+ */
+enum phd_status phd_session_usage(const struct phd_session *session, struct phd_usage *out, struct phd_error **error);
+
+/*
+ The session's counters, from any thread, without waiting for a running call. The caller sets `out->struct_size`; no more than
+ that is written.
+ */
+enum phd_status phd_session_stats(const struct phd_session *session,
+                                  struct phd_stats *out,
+                                  struct phd_error **error);
 
 /*
  The name of a status, such as "PHD_ERROR_IO"; static. For a number that is none: "PHD_ERROR_UNKNOWN".

@@ -13,6 +13,7 @@ pub mod model;
 pub mod sampling;
 pub mod schedule;
 pub mod session;
+pub mod stats;
 pub mod tensor;
 pub mod tokenizer;
 

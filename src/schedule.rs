@@ -8,7 +8,9 @@
 //! original tokens, or every copy under Sequential Hidden Decoding. *Hidden* rows have theirs kept for the pass, and for
 //! the window after it in a ring.
 
-use crate::error::{Result, invalid};
+use std::ops::Range;
+
+use crate::error::{Error, Result, invalid};
 
 /// How copies attend to each other.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -178,8 +180,10 @@ pub enum Wanted {
     Nothing,
     /// The last position, into this logits row.
     Last(usize),
-    /// Every new position, into consecutive logits rows from the given one on, restarting with each pass.
+    /// Every new position, into consecutive logits rows from the given one on.
     Every(usize),
+    /// The same, but each pass begins again at the given row.
+    EveryInPass(usize),
 }
 
 /// How much of the prefill is left out. `All` exists as the oracle of the tests: it computes every hidden row.
@@ -203,6 +207,7 @@ pub struct Task {
     /// The first position whose output matters for something.
     first_output: usize,
     pruning: Pruning,
+    is_stored_only: bool,
 }
 
 impl Task {
@@ -210,21 +215,38 @@ impl Task {
         rules: &Rules,
         n_layers: usize,
         seq: usize,
-        range: std::ops::Range<usize>,
+        range: Range<usize>,
         ring: Ring,
         wanted: Wanted,
         pruning: Pruning,
     ) -> Task {
         let ring_ready = ring.serves(rules, range.start);
         let first_output = match wanted {
-            Wanted::Every(_) => range.start,
-            _ => range.end - 1,
+            Wanted::Every(_) | Wanted::EveryInPass(_) => range.start,
+            Wanted::Nothing | Wanted::Last(_) => range.end - 1,
         };
-        let mut task =
-            Task { seq, start: range.start, end: range.end, wanted, cursor: 0, ring_ready, first_output, pruning };
+        let Range { start, end } = range;
+        let is_stored_only = false;
+        let mut task = Task { seq, start, end, wanted, cursor: 0, ring_ready, first_output, pruning, is_stored_only };
         task.cursor =
             if rules.hidden_copies() == 0 { task.start } else { task.start.min(task.first_hidden(rules, 0, n_layers)) };
         task
+    }
+
+    /// Computes the stored rows of a range anew and nothing else: no hidden rows, no logits.
+    pub fn stored_only(seq: usize, range: Range<usize>) -> Task {
+        let Range { start, end } = range;
+        Task {
+            seq,
+            start,
+            end,
+            wanted: Wanted::Nothing,
+            cursor: start,
+            ring_ready: true,
+            first_output: end,
+            pruning: Pruning::Exact,
+            is_stored_only: true,
+        }
     }
 
     pub fn is_done(&self) -> bool {
@@ -238,6 +260,9 @@ impl Task {
 
     /// The first position whose hidden rows enter `layer`.
     fn first_hidden(&self, rules: &Rules, layer: usize, n_layers: usize) -> usize {
+        if self.is_stored_only {
+            return self.end;
+        }
         let first = match self.pruning {
             Pruning::Exact => rules.first_hidden(layer, n_layers, self.first_output),
             Pruning::All => rules.first_hidden(layer, n_layers, self.start).min(self.start),
@@ -255,7 +280,7 @@ impl Task {
     fn pass_end(&self, rules: &Rules, n_layers: usize, max_rows: usize, max_outputs: usize) -> usize {
         let first_hidden = self.first_hidden(rules, 0, n_layers);
         let mut end = self.end;
-        if let Wanted::Every(_) = self.wanted {
+        if let Wanted::Every(_) | Wanted::EveryInPass(_) = self.wanted {
             end = end.min(self.cursor.max(self.start) + max_outputs);
         }
         // Positions before the first hidden one cost less than those after it; both parts are linear.
@@ -266,10 +291,9 @@ impl Task {
         end
     }
 
-    /// What the ring holds once every pass of the task is done.
-    pub fn ring_after(&self, rules: &Rules, n_layers: usize, before: Ring) -> Ring {
+    /// What a ring of `capacity` hidden tokens holds once every pass of the task is done.
+    pub fn ring_after(&self, rules: &Rules, n_layers: usize, capacity: usize, before: Ring) -> Ring {
         let per = rules.hidden_copies();
-        let capacity = rules.ring_capacity();
         if capacity == 0 {
             return Ring::default();
         }
@@ -313,9 +337,9 @@ pub struct Row {
 pub struct Entry {
     pub seq: usize,
     /// This sequence's rows within [`Plan::rows`].
-    pub rows: std::ops::Range<usize>,
+    pub rows: Range<usize>,
     /// The sequence's cache blocks, as a range of [`Plan::blocks`].
-    pub blocks: std::ops::Range<usize>,
+    pub blocks: Range<usize>,
     /// Number of the first hidden token computed in this pass; earlier ones are read from the ring at
     /// `number % ring_capacity`.
     pub first_hidden: usize,
@@ -351,6 +375,8 @@ pub struct Plan {
     pub layers: Vec<LayerRows>,
     /// In the order in which their rows leave the last layer.
     pub outputs: Vec<Output>,
+    /// Outputs are embeddings, the output norm's rows, instead of logits.
+    pub is_embedding: bool,
     /// Hidden rows of all entries.
     pub n_hidden: usize,
     /// For each row of `rows`, its place; the backend does not need it, tests and bookkeeping do.
@@ -363,6 +389,15 @@ pub trait Sequences {
     /// Cache row of a stored row, `stored = position * stored_copies + copy`.
     fn cache_row(&self, seq: usize, stored: usize) -> u32;
     fn blocks(&self, seq: usize) -> &[u32];
+    /// How far the sequence's RoPE positions lie ahead of its places.
+    fn dropped(&self, seq: usize) -> usize;
+}
+
+fn list<T>(n: usize) -> Result<Vec<T>> {
+    let mut list = Vec::new();
+    let what = "the plan of a pass";
+    list.try_reserve_exact(n).map_err(|_| Error::OutOfMemory { what, bytes: n.saturating_mul(size_of::<T>()) })?;
+    Ok(list)
 }
 
 impl Plan {
@@ -374,17 +409,18 @@ impl Plan {
         max_entries: usize,
         max_blocks: usize,
         max_outputs: usize,
-    ) -> Plan {
-        let layer = || LayerRows { enter: Vec::with_capacity(max_rows), keep: Vec::with_capacity(max_rows) };
-        Plan {
-            rows: Vec::with_capacity(max_rows),
-            entries: Vec::with_capacity(max_entries),
-            blocks: Vec::with_capacity(max_blocks),
-            layers: (0..n_layers).map(|_| layer()).collect(),
-            outputs: Vec::with_capacity(max_outputs),
+    ) -> Result<Plan> {
+        let layer = |_| Ok(LayerRows { enter: list(max_rows)?, keep: list(max_rows)? });
+        Ok(Plan {
+            rows: list(max_rows)?,
+            entries: list(max_entries)?,
+            blocks: list(max_blocks)?,
+            layers: (0..n_layers).map(layer).collect::<Result<_>>()?,
+            outputs: list(max_outputs)?,
+            is_embedding: false,
             n_hidden: 0,
-            places: Vec::with_capacity(max_rows),
-        }
+            places: list(max_rows)?,
+        })
     }
 
     pub fn clear(&mut self) {
@@ -394,6 +430,7 @@ impl Plan {
         self.outputs.clear();
         self.places.clear();
         self.n_hidden = 0;
+        self.is_embedding = false;
         for layer in &mut self.layers {
             layer.enter.clear();
             layer.keep.clear();
@@ -462,7 +499,11 @@ impl Plan {
         let first_new = from.max(task.start);
         for position in first_new..to {
             if let Some(logits) = task.output_row(position) {
-                let offset = if let Wanted::Every(_) = task.wanted { position - first_new } else { 0 };
+                let offset = match task.wanted {
+                    Wanted::Every(_) => position - task.start,
+                    Wanted::EveryInPass(_) => position - first_new,
+                    Wanted::Nothing | Wanted::Last(_) => 0,
+                };
                 self.outputs.push(Output { logits: (logits + offset) as u32 });
             }
         }
@@ -501,7 +542,7 @@ impl Plan {
         self.rows.push(Row {
             token: sequences.token(seq, place.position),
             table: if rules.attention == Attention::Full { place.copy as u32 } else { 0 },
-            rope: rules.rope_position(place) as u32,
+            rope: rules.rope_position(Place { position: place.position + sequences.dropped(seq), ..place }) as u32,
             entry: entry as u32,
             store,
             stored: sight.stored as u32,
@@ -518,7 +559,7 @@ impl Task {
         match self.wanted {
             Wanted::Nothing => None,
             Wanted::Last(row) => (position + 1 == self.end).then_some(row),
-            Wanted::Every(first) => (position >= self.start).then_some(first),
+            Wanted::Every(first) | Wanted::EveryInPass(first) => (position >= self.start).then_some(first),
         }
     }
 }

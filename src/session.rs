@@ -2,14 +2,17 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
 
 use crate::backend::{Context, ContextOptions};
-use crate::cache::{Layout, Pool, Reservation, Usage};
+use crate::cache::{Layout, Middle, Pool, Reservation, Source};
 use crate::error::{Error, Result, invalid};
 use crate::model::Model;
 use crate::schedule::{Plan, Pruning, Ring, Task, Wanted};
+use crate::stats::Stats;
 
 pub use crate::backend::CacheType;
+pub use crate::cache::Usage;
 
 #[derive(Clone, Debug)]
 pub struct SessionOptions {
@@ -19,6 +22,11 @@ pub struct SessionOptions {
     /// 0 = one for each physical core that this process may use.
     pub n_threads: usize,
     pub cache_type: CacheType,
+    /// Texts that [`Session::retain`] keeps at most.
+    pub n_retained: usize,
+    /// Positions that [`Session::truncate`] takes back without recomputing hidden rows, and logits rows that speculative decoding
+    /// asks for beside each sequence's own (see [`Logits::Every`]).
+    pub n_draft: usize,
     /// Rows of the largest pass over the weights; a position's K copies always fit.
     pub max_rows: usize,
     /// Leave out what nothing depends on. [`Pruning::All`] is for tests.
@@ -32,6 +40,8 @@ impl Default for SessionOptions {
             n_sequences: 1,
             n_threads: 0,
             cache_type: CacheType::F16,
+            n_retained: 64,
+            n_draft: 0,
             max_rows: 256,
             pruning: Pruning::Exact,
         }
@@ -78,7 +88,7 @@ impl CancelHandle {
 /// Rows that a pass always has room for if the session's sequences can make so many by one step each.
 const MAX_STEP_ROWS: usize = 1024;
 
-/// Logits rows of a scoring pass, beside those of the sequences.
+/// Rows that scores and embeddings take at a time.
 const SCORE_ROWS: usize = 16;
 
 type Progress = Box<dyn FnMut(f32) -> bool + Send>;
@@ -89,8 +99,49 @@ pub struct BatchEntry<'a> {
     pub seq: i64,
     /// What is appended: a piece of a prompt, or one token.
     pub tokens: &'a [i32],
-    /// Whether the last position's logits are left; otherwise the sequence has none afterwards.
-    pub logits: bool,
+    pub logits: Logits,
+}
+
+/// Which logits an entry leaves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Logits {
+    /// None: the sequence has none afterwards.
+    Nothing,
+    /// The last position's.
+    Last,
+    /// The last position's, and with [`Session::logits_at`] those of all of the entry's tokens: what verifies a draft.
+    Every,
+}
+
+/// What happens when a sequence has no room for more.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum WhenFull {
+    /// [`Error::CacheFull`].
+    #[default]
+    Stop,
+    /// The oldest positions after the first `keep` are dropped (attention sinks and the recent text remain: StreamingLLM,
+    /// arXiv 2309.17453), half of what could be dropped or as much as is needed, in whole chunks of the model. `keep` is rounded up to
+    /// whole blocks. The remaining text then has positions without a gap, as in training: the recent keys keep their RoPE positions,
+    /// the kept ones are computed anew right before them.
+    DropMiddle { keep: usize },
+}
+
+/// How long a sequence may become, and what happens then.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Policy {
+    pub when_full: WhenFull,
+    /// Positions; 0 = as many as the session has room for. Dropping takes room for a moment, [`WhenFull::DropMiddle`] therefore
+    /// stays below what the session holds by the kept blocks and one more.
+    pub limit: usize,
+}
+
+/// What an embedding is of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pooling {
+    /// The last position.
+    Last,
+    /// The mean over all positions given.
+    Mean,
 }
 
 /// An entry on its way.
@@ -98,8 +149,17 @@ struct Part {
     task: Task,
     reservation: Reservation,
     ring: Ring,
+    /// The first positions, to be computed anew since what stood behind them was dropped.
+    anew: usize,
     /// Whether any pass has computed something of it.
     touched: bool,
+}
+
+/// Where the logits of an entry's tokens lie: the first row, and how many.
+#[derive(Clone, Copy, Debug, Default)]
+struct EveryRows {
+    first: usize,
+    n: usize,
 }
 
 pub struct Session {
@@ -111,13 +171,20 @@ pub struct Session {
     has_logits: Vec<bool>,
     /// (sequence): which of its two logits rows counts. A call writes the other one, so that a failed call changes nothing.
     logits_row: Vec<usize>,
+    /// (sequence): rows of [`Logits::Every`], until another call uses them.
+    every: Vec<EveryRows>,
+    policies: Vec<Policy>,
     /// The running call's, empty between calls.
     parts: Vec<Part>,
     cancel: CancelHandle,
     progress: Option<Progress>,
-    /// Token ids of the call, as the pool wants them.
+    /// Token ids of an entry, as the pool wants them.
     tokens: Vec<u32>,
-    rows_computed: u64,
+    /// (sequence): scratch.
+    seen: Vec<bool>,
+    /// (entry): sequence, positions, and what is dropped for them.
+    wanted_room: Vec<(usize, usize, Option<Middle>)>,
+    stats: Arc<Stats>,
 }
 
 impl Session {
@@ -127,7 +194,7 @@ impl Session {
     /// `InvalidArgument` for counts out of range, `OutOfMemory`.
     pub fn new(model: Arc<Model>, options: &SessionOptions) -> Result<Session> {
         let rules = model.hyper.rules;
-        let layout = Layout::new(&rules, options.n_positions, options.n_sequences)?;
+        let layout = Layout::new(&rules, options.n_positions, options.n_sequences, options.n_draft)?;
         // One step of every sequence is one pass, up to where its scratch would outgrow what it saves.
         let max_rows = options.max_rows.max(rules.copies).max((layout.n_sequences * rules.copies).min(MAX_STEP_ROWS));
         let n_threads = match options.n_threads {
@@ -140,7 +207,8 @@ impl Session {
             cache_type: options.cache_type,
             n_threads,
             max_rows,
-            n_logits: 2 * layout.n_sequences + SCORE_ROWS,
+            n_logits: 2 * layout.n_sequences + n_every(options),
+            n_embeddings: SCORE_ROWS,
         };
         let context = model.backend.clone().context(&context_options)?;
         Ok(Session {
@@ -150,20 +218,28 @@ impl Session {
                 max_rows,
                 layout.n_sequences,
                 layout.n_blocks * layout.n_sequences,
-                layout.n_sequences.max(SCORE_ROWS),
-            ),
-            pool: Pool::new(layout),
+                layout.n_sequences + n_every(options),
+            )?,
+            pool: Pool::new(layout, options.n_retained)?,
             context,
             has_logits: vec![false; layout.n_sequences],
             logits_row: (0..layout.n_sequences).map(|seq| 2 * seq).collect(),
+            every: vec![EveryRows::default(); layout.n_sequences],
+            policies: vec![Policy::default(); layout.n_sequences],
             parts: Vec::with_capacity(layout.n_sequences),
             cancel: CancelHandle { flags: (0..layout.n_sequences).map(|_| AtomicBool::new(false)).collect() },
             progress: None,
             tokens: Vec::with_capacity(layout.n_positions),
+            seen: vec![false; layout.n_sequences],
+            wanted_room: Vec::with_capacity(layout.n_sequences),
             options: SessionOptions { max_rows, ..options.clone() },
-            rows_computed: 0,
+            stats: Arc::default(),
             model,
         })
+    }
+
+    pub fn model(&self) -> &Arc<Model> {
+        &self.model
     }
 
     pub fn memory(&self) -> Memory {
@@ -180,9 +256,19 @@ impl Session {
         self.pool.usage()
     }
 
-    /// Rows that have entered a layer since the session was made, summed over layers.
-    pub fn rows_computed(&self) -> u64 {
-        self.rows_computed
+    /// Positions of a block.
+    pub fn block(&self) -> usize {
+        self.pool.layout().block
+    }
+
+    /// Counters, readable from any thread while calls run.
+    pub fn stats(&self) -> &Arc<Stats> {
+        &self.stats
+    }
+
+    /// Recounts the pool: for tests, and for whoever suspects a leak.
+    pub fn audit(&self) -> Result<()> {
+        self.pool.audit()
     }
 
     pub fn cancel_handle(&self) -> CancelHandle {
@@ -199,7 +285,7 @@ impl Session {
     /// # Errors
     /// `InvalidArgument`, `CacheFull`, `Cancelled`: the sequence is what it was, its logits included.
     pub fn prefill(&mut self, seq: i64, tokens: &[i32]) -> Result<()> {
-        self.decode(&[BatchEntry { seq, tokens, logits: true }])
+        self.decode(&[BatchEntry { seq, tokens, logits: Logits::Last }])
     }
 
     /// Extends several sequences at once: all copies of all their tokens share each pass over the weights. Pieces of prompts and
@@ -210,12 +296,16 @@ impl Session {
     /// Those of [`Session::prefill`]. A batch is carried out whole or not at all: after an error, the cancelling of any of its
     /// sequences included, all of them are what they were, their logits included. `CacheFull` counts positions of the whole batch.
     pub fn decode(&mut self, batch: &[BatchEntry]) -> Result<()> {
-        self.extend(&mut batch.iter().copied().map(Ok), None, &mut |_, _, _| {})
+        self.decode_each(batch.len(), &mut |i| Ok(batch[i]))
     }
 
-    /// [`Session::decode`] for entries that are read one by one.
-    pub(crate) fn decode_each<'a>(&mut self, batch: &mut dyn Iterator<Item = Result<BatchEntry<'a>>>) -> Result<()> {
-        self.extend(batch, None, &mut |_, _, _| {})
+    /// [`Session::decode`] of `n` entries that are read by index, twice each.
+    pub(crate) fn decode_each<'a>(
+        &mut self,
+        n: usize,
+        entry: &mut dyn FnMut(usize) -> Result<BatchEntry<'a>>,
+    ) -> Result<()> {
+        self.extend(n, entry, Purpose::Decode, &mut |_, _, _| {})
     }
 
     /// Appends one token.
@@ -223,20 +313,62 @@ impl Session {
         self.prefill(seq, &[token])
     }
 
-    /// Appends `tokens` and returns `ln p(tokens[i] | everything before it)` for i = 1.. (natural logarithm).
-    pub fn score(&mut self, seq: i64, tokens: &[i32]) -> Result<Vec<f32>> {
-        let mut scores = Vec::with_capacity(tokens.len().saturating_sub(1));
+    /// Appends `tokens` and writes `ln p(tokens[i] | everything before it)` for i = 1.. (natural logarithm) to `scores[i - 1]`.
+    ///
+    /// # Errors
+    /// Those of [`Session::prefill`]; `InvalidArgument` unless there is one score less than tokens.
+    pub fn score_into(&mut self, seq: i64, tokens: &[i32], scores: &mut [f32]) -> Result<()> {
         let start = self.pool.len(self.pool.check_seq(seq)?);
+        if scores.len() + 1 != tokens.len() {
+            return Err(invalid!("there is room for {} scores of {} tokens", scores.len(), tokens.len()));
+        }
         let first = 2 * self.pool.layout().n_sequences;
-        let entry = BatchEntry { seq, tokens, logits: false };
-        self.extend(&mut std::iter::once(Ok(entry)), Some(first), &mut |context, from, n| {
+        self.extend_one(seq, tokens, Purpose::Score, &mut |context, from, n| {
             for i in 0..n {
-                if let Some(&next) = tokens.get(from + i + 1 - start) {
-                    scores.push(log_probability(context.logits(first + i), next as usize));
+                let at = from + i - start;
+                if let Some(&next) = tokens.get(at + 1) {
+                    scores[at] = log_probability(context.logits(first + i), next as usize);
                 }
             }
-        })?;
+        })
+    }
+
+    /// [`Session::score_into`] as a vector, empty for a single token.
+    pub fn score(&mut self, seq: i64, tokens: &[i32]) -> Result<Vec<f32>> {
+        let mut scores = vec![0.0; tokens.len().saturating_sub(1)];
+        self.score_into(seq, tokens, &mut scores)?;
         Ok(scores)
+    }
+
+    /// Appends `tokens` and writes an embedding of them to `out`, `[n_embd]`: the output norm's row of the last copy, at the last
+    /// position or averaged, divided by its length if `normalize`.
+    ///
+    /// # Errors
+    /// Those of [`Session::prefill`]; `InvalidArgument` for another length of `out`.
+    pub fn embed(
+        &mut self,
+        seq: i64,
+        tokens: &[i32],
+        pooling: Pooling,
+        normalize: bool,
+        out: &mut [f32],
+    ) -> Result<()> {
+        let n_embd = self.model.hyper.n_embd;
+        if out.len() != n_embd {
+            return Err(invalid!("the embedding has room for {} elements, expected {n_embd}", out.len()));
+        }
+        let mut sum = vec![0.0f64; n_embd];
+        let mut count = 0;
+        self.extend_one(seq, tokens, Purpose::Embed(pooling), &mut |context, _, n| {
+            for row in 0..n {
+                sum.iter_mut().zip(context.embedding(row)).for_each(|(s, &x)| *s += f64::from(x));
+            }
+            count += n;
+        })?;
+        let length = sum.iter().map(|s| s * s).sum::<f64>().sqrt();
+        let scale = if normalize && length > 0.0 { length } else { count as f64 };
+        out.iter_mut().zip(&sum).for_each(|(o, s)| *o = (s / scale) as f32);
+        Ok(())
     }
 
     /// The logits that the last call on `seq` left, `[n_vocab]`.
@@ -246,6 +378,17 @@ impl Session {
             return Err(invalid!("sequence {seq} has no logits: prefill or step it first"));
         }
         Ok(self.context.logits(self.logits_row[seq]))
+    }
+
+    /// The logits after token `index` of the last entry of `seq`, `[n_vocab]`, if it asked for [`Logits::Every`]. They are there until
+    /// `seq` is changed or another call asks for every position's.
+    pub fn logits_at(&self, seq: i64, index: usize) -> Result<&[f32]> {
+        let seq = self.pool.check_seq(seq)?;
+        let EveryRows { first, n } = self.every[seq];
+        if index >= n {
+            return Err(invalid!("sequence {seq} has logits of {n} tokens of its last entry, not of token {index}"));
+        }
+        Ok(self.context.logits(first + index))
     }
 
     /// Positions in `seq`.
@@ -259,9 +402,125 @@ impl Session {
         let seq = self.pool.check_seq(seq)?;
         if n_positions != self.pool.len(seq) {
             self.pool.truncate(seq, n_positions)?;
-            self.has_logits[seq] = false;
+            self.forget_logits(seq);
         }
         Ok(())
+    }
+
+    fn forget_logits(&mut self, seq: usize) {
+        self.has_logits[seq] = false;
+        self.every[seq] = EveryRows::default();
+    }
+
+    /// The tokens of `seq`, in order.
+    pub fn tokens(&self, seq: i64) -> Result<impl ExactSizeIterator<Item = u32>> {
+        Ok(self.pool.text(self.pool.check_seq(seq)?))
+    }
+
+    /// Positions that a policy has dropped from `seq`.
+    pub fn dropped(&self, seq: i64) -> Result<usize> {
+        Ok(self.pool.dropped(self.pool.check_seq(seq)?))
+    }
+
+    /// Empties `seq` and keeps its text, as long as there is room, for [`Session::take_prefix`].
+    pub fn retain(&mut self, seq: i64) -> Result<()> {
+        let seq = self.pool.check_seq(seq)?;
+        self.pool.retain(seq);
+        self.forget_logits(seq);
+        Ok(())
+    }
+
+    /// How many of `tokens` the longest cached text has that they begin with, among all sequences and retained texts; and the
+    /// sequence, or `None` for a retained one.
+    pub fn match_prefix(&mut self, tokens: &[i32]) -> Result<(usize, Option<usize>)> {
+        self.note_tokens(tokens)?;
+        Ok(match self.pool.match_prefix(&self.tokens, None) {
+            Some((Source::Live(seq), n)) => (n, Some(seq)),
+            Some((Source::Retained(_), n)) => (n, None),
+            None => (0, None),
+        })
+    }
+
+    /// Makes `dst`, whatever it held, the longest cached prefix of `tokens` and returns its length. Keys and values are shared, not
+    /// computed: what is left to do is to prefill the other tokens (so at least one should be left out here to have logits of), and
+    /// to recompute hidden rows: at most one chunk of positions, nothing for PHD, a few windows for PHD-SWA.
+    pub fn take_prefix(&mut self, dst: i64, tokens: &[i32]) -> Result<usize> {
+        let dst = self.pool.check_seq(dst)?;
+        self.note_tokens(tokens)?;
+        let found = self.pool.take_prefix(dst, &self.tokens);
+        if let Some((Source::Live(src), _)) = found
+            && src != dst
+        {
+            self.context.copy_rings(src, dst);
+        }
+        self.forget_logits(dst);
+        let n = found.map_or(0, |(_, n)| n);
+        self.stats.count_prefix(n);
+        Ok(n)
+    }
+
+    /// The part of `tokens` that a sequence could hold, checked, into `self.tokens`.
+    fn note_tokens(&mut self, tokens: &[i32]) -> Result<()> {
+        let (n, n_vocab) = (tokens.len().min(self.pool.layout().n_positions), self.model.hyper.n_vocab);
+        check_tokens(&tokens[..n], n_vocab)
+            .map_err(|(i, t)| invalid!("token {i} is {t}, expected 0 to {}", n_vocab - 1))?;
+        self.tokens.clear();
+        self.tokens.extend(tokens[..n].iter().map(|&t| t as u32));
+        Ok(())
+    }
+
+    /// Decides what happens when `seq` is full, from the next call on.
+    ///
+    /// # Errors
+    /// `InvalidArgument` if the session is too small for the policy.
+    pub fn set_policy(&mut self, seq: i64, policy: Policy) -> Result<()> {
+        let seq = self.pool.check_seq(seq)?;
+        let layout = *self.pool.layout();
+        let Policy { when_full, mut limit } = policy;
+        if limit > layout.n_positions {
+            return Err(invalid!("limit is {limit}, the session has {} positions", layout.n_positions));
+        }
+        if let WhenFull::DropMiddle { keep } = when_full {
+            let keep = layout.whole_blocks(keep.min(layout.n_positions));
+            let most = layout.n_positions.saturating_sub(keep + layout.block);
+            limit = if limit == 0 { most } else { limit };
+            let least = keep + layout.drop_unit + layout.block;
+            if limit > most || limit < least {
+                return Err(invalid!(
+                    "limit is {limit}, expected {least} to {most}: {keep} positions are kept, {} are dropped at a time, and \
+                     dropping needs {} more of the session's {}",
+                    layout.drop_unit,
+                    keep + layout.block,
+                    layout.n_positions
+                ));
+            }
+        }
+        self.pool.allow_drops(seq, when_full != WhenFull::Stop)?;
+        self.policies[seq] = Policy { when_full, limit };
+        Ok(())
+    }
+
+    /// What must be dropped from `seq` before `n` positions are appended.
+    fn to_drop(&self, seq: usize, n: usize) -> Result<Option<Middle>> {
+        let Policy { when_full, limit } = self.policies[seq];
+        let len = self.pool.len(seq);
+        if limit == 0 || len.saturating_add(n) <= limit {
+            return Ok(None);
+        }
+        let full = Err(Error::CacheFull { needed: n, free: limit.saturating_sub(len) });
+        let WhenFull::DropMiddle { keep } = when_full else { return full };
+        let layout = self.pool.layout();
+        let keep = layout.whole_blocks(keep);
+        let unit = layout.drop_unit;
+        let most = len.saturating_sub(keep) / unit * unit;
+        let wanted = (len + n - limit).max(len.saturating_sub(keep) / 2).next_multiple_of(unit);
+        let dropped = wanted.min(most);
+        // RoPE positions are 32 bits wide.
+        let rope = (self.pool.dropped(seq) + len + n) * self.model.hyper.rules.copies;
+        if len + n - dropped > limit || rope > u32::MAX as usize {
+            return full;
+        }
+        Ok(Some(Middle { keep, n: dropped }))
     }
 
     /// Makes `dst` a copy of `src`, logits included, whatever it held before. Cache blocks are shared until one of the two
@@ -273,34 +532,57 @@ impl Session {
         }
         self.pool.fork(src, dst);
         self.context.copy_rings(src, dst);
+        self.forget_logits(dst);
         self.context.copy_logits(self.logits_row[src], self.logits_row[dst]);
         self.has_logits[dst] = self.has_logits[src];
         Ok(())
     }
 
-    /// The one way by which sequences grow. `every` is the first logits row for a single entry that wants all its positions';
-    /// `each_pass` sees the context after a pass of it: its first new position, and how many positions have logits.
-    fn extend<'a>(
+    fn extend_one(
         &mut self,
-        batch: &mut dyn Iterator<Item = Result<BatchEntry<'a>>>,
-        every: Option<usize>,
+        seq: i64,
+        tokens: &[i32],
+        purpose: Purpose,
         each_pass: &mut dyn FnMut(&dyn Context, usize, usize),
     ) -> Result<()> {
-        let result = self.begin(batch, every).and_then(|()| self.run_parts(every.is_some(), each_pass));
+        self.extend(1, &mut |_| Ok(BatchEntry { seq, tokens, logits: Logits::Nothing }), purpose, each_pass)
+    }
+
+    /// The one way by which sequences grow. `each_pass` sees the context after a pass of a single entry: its first new position, and
+    /// how many positions have outputs.
+    fn extend<'a>(
+        &mut self,
+        n: usize,
+        entry: &mut dyn FnMut(usize) -> Result<BatchEntry<'a>>,
+        purpose: Purpose,
+        each_pass: &mut dyn FnMut(&dyn Context, usize, usize),
+    ) -> Result<()> {
+        let begin = Instant::now();
+        let result = self.begin(n, entry, purpose).and_then(|()| self.run_parts(purpose, each_pass));
+        let is_step = self.parts.iter().all(|p| p.task.end - p.task.start == 1);
         match &result {
             Ok(()) => {
                 let (rules, n_layers) = (self.model.hyper.rules, self.model.hyper.n_layers);
+                let capacity = self.pool.layout().ring_capacity;
                 for part in self.parts.drain(..) {
-                    let seq = part.task.seq;
+                    let Task { seq, start, end, wanted, .. } = part.task;
+                    self.stats.count_tokens(end - start, part.reservation.dropped());
                     self.pool.commit(part.reservation);
-                    self.pool.set_ring(seq, part.task.ring_after(&rules, n_layers, part.ring));
-                    self.has_logits[seq] = false;
-                    if let Wanted::Last(row) = part.task.wanted {
-                        (self.has_logits[seq], self.logits_row[seq]) = (true, row);
+                    self.pool.set_ring(seq, part.task.ring_after(&rules, n_layers, capacity, part.ring));
+                    self.has_logits[seq] =
+                        matches!(wanted, Wanted::Last(_) | Wanted::Every(_)) && purpose == Purpose::Decode;
+                    self.every[seq] = EveryRows::default();
+                    match wanted {
+                        Wanted::Last(row) if purpose == Purpose::Decode => self.logits_row[seq] = row,
+                        Wanted::Every(first) => {
+                            self.every[seq] = EveryRows { first, n: end - start };
+                            self.context.copy_logits(first + end - start - 1, self.logits_row[seq]);
+                        }
+                        _ => {}
                     }
                 }
             }
-            Err(_) => {
+            Err(error) => {
                 // The last reservation first: each goes back to what it found.
                 while let Some(part) = self.parts.pop() {
                     self.pool.undo(part.reservation);
@@ -308,86 +590,116 @@ impl Session {
                         self.pool.set_ring(part.task.seq, Ring::LOST);
                     }
                 }
+                self.stats.count_failure(error);
             }
         }
+        self.stats.count_call(is_step, begin.elapsed());
+        self.stats.set_evicted(self.pool.n_evicted());
         result
     }
 
     /// Checks a batch and reserves its positions, into `parts`.
     fn begin<'a>(
         &mut self,
-        batch: &mut dyn Iterator<Item = Result<BatchEntry<'a>>>,
-        every: Option<usize>,
+        n: usize,
+        entry: &mut dyn FnMut(usize) -> Result<BatchEntry<'a>>,
+        purpose: Purpose,
     ) -> Result<()> {
         let (rules, n_layers, n_vocab) = (self.model.hyper.rules, self.model.hyper.n_layers, self.model.hyper.n_vocab);
-        let mut total = 0usize;
-        while let Some(entry) = batch.next().transpose()? {
-            let seq = self.pool.check_seq(entry.seq)?;
-            if self.parts.iter().any(|p| p.task.seq == seq) {
+        let n_sequences = self.pool.layout().n_sequences;
+        if n == 0 {
+            return Err(invalid!("the batch is empty, expected at least one entry"));
+        }
+        if n > n_sequences {
+            return Err(invalid!("the batch has {n} entries, the session {n_sequences} sequences"));
+        }
+        let mut n_every_rows = 0;
+        self.seen.fill(false);
+        self.wanted_room.clear();
+        for i in 0..n {
+            let BatchEntry { seq, tokens, logits } = entry(i)?;
+            let seq = self.pool.check_seq(seq)?;
+            if std::mem::replace(&mut self.seen[seq], true) {
                 return Err(invalid!("sequence {seq} occurs twice in the batch"));
             }
-            if entry.tokens.is_empty() {
+            if tokens.is_empty() {
                 return Err(invalid!("no tokens given for sequence {seq}, expected at least one"));
             }
-            let room = self.pool.room(seq);
-            if entry.tokens.len() > room {
-                let mut needed = total.saturating_add(entry.tokens.len());
-                while let Some(later) = batch.next().transpose()? {
-                    needed = needed.saturating_add(later.tokens.len());
-                }
-                return Err(Error::CacheFull { needed, free: total + room });
+            if logits == Logits::Every {
+                n_every_rows += tokens.len();
             }
-            total += entry.tokens.len();
+            self.wanted_room.push((seq, tokens.len(), self.to_drop(seq, tokens.len())?));
+            check_tokens(tokens, n_vocab)
+                .map_err(|(i, t)| invalid!("token {i} of sequence {seq} is {t}, expected 0 to {}", n_vocab - 1))?;
+        }
+        if n_every_rows > n_every(&self.options) {
+            let most = n_every(&self.options);
+            return Err(invalid!(
+                "the batch asks for the logits of {n_every_rows} tokens, expected at most {most}: see n_draft"
+            ));
+        }
+        let mut spare = self.pool.check_room(self.wanted_room.iter().copied())?;
+        let mut every_row = 2 * n_sequences;
+        for i in 0..n {
+            let BatchEntry { tokens, logits, .. } = entry(i)?;
+            let (seq, _, dropped) = self.wanted_room[i];
             self.tokens.clear();
-            for (i, &token) in entry.tokens.iter().enumerate() {
-                let id = u32::try_from(token).ok().filter(|&t| (t as usize) < n_vocab);
-                self.tokens.push(id.ok_or_else(|| {
-                    invalid!("token {i} of sequence {seq} is {token}, expected 0 to {}", n_vocab - 1)
-                })?);
-            }
-            let (start, ring) = (self.pool.len(seq), self.pool.ring(seq));
-            let (reservation, copy) = self.pool.reserve(seq, &self.tokens)?;
+            self.tokens.extend(tokens.iter().map(|&t| t as u32));
+            let before = self.pool.ring(seq);
+            let (reservation, copy) = self.pool.reserve(seq, &self.tokens, dropped, &mut spare)?;
             if let Some(copy) = copy {
                 self.context.copy_block(copy);
             }
-            let wanted = match every {
-                Some(first) => Wanted::Every(first),
-                None if entry.logits => Wanted::Last(self.logits_row[seq] ^ 1),
-                None => Wanted::Nothing,
+            let start = self.pool.len(seq);
+            let wanted = match (purpose, logits) {
+                (Purpose::Score, _) => Wanted::EveryInPass(every_row),
+                (Purpose::Embed(Pooling::Mean), _) => Wanted::EveryInPass(0),
+                (Purpose::Embed(Pooling::Last), _) => Wanted::Last(0),
+                (Purpose::Decode, Logits::Nothing) => Wanted::Nothing,
+                (Purpose::Decode, Logits::Last) => Wanted::Last(self.logits_row[seq] ^ 1),
+                (Purpose::Decode, Logits::Every) => Wanted::Every(every_row),
             };
-            let range = start..start + entry.tokens.len();
+            if let Wanted::Every(_) | Wanted::EveryInPass(_) = wanted {
+                self.every.fill(EveryRows::default());
+                every_row += tokens.len();
+            }
+            // What hidden rows saw has changed.
+            let ring = if dropped.is_some() { Ring::LOST } else { before };
+            let range = start..start + tokens.len();
             let task = Task::new(&rules, n_layers, seq, range, ring, wanted, self.options.pruning);
-            self.parts.push(Part { task, reservation, ring, touched: false });
+            let anew = dropped.map_or(0, |m| m.keep);
+            self.parts.push(Part { task, reservation, ring, anew, touched: false });
         }
-        if self.parts.is_empty() { Err(invalid!("the batch is empty, expected at least one entry")) } else { Ok(()) }
+        Ok(())
     }
 
     /// Runs the parts of a call pass by pass.
-    fn run_parts(&mut self, is_score: bool, each_pass: &mut dyn FnMut(&dyn Context, usize, usize)) -> Result<()> {
+    fn run_parts(&mut self, purpose: Purpose, each_pass: &mut dyn FnMut(&dyn Context, usize, usize)) -> Result<()> {
         let rules = self.model.hyper.rules;
-        let flags = self.cancel.flags.clone();
-        let max_outputs = if is_score { SCORE_ROWS } else { self.pool.layout().n_sequences };
+        let max_outputs = match purpose {
+            Purpose::Decode => self.pool.layout().n_sequences + n_every(&self.options),
+            Purpose::Score | Purpose::Embed(_) => SCORE_ROWS,
+        };
+        for i in 0..self.parts.len() {
+            if self.parts[i].anew > 0 {
+                let mut task = Task::stored_only(self.parts[i].task.seq, 0..self.parts[i].anew);
+                while !task.is_done() {
+                    self.plan.clear();
+                    self.plan.add(&rules, &mut task, &self.pool, self.options.max_rows, 0);
+                    self.run_plan()?;
+                }
+            }
+        }
         let mut done = self.parts[0].task.start;
         while self.parts.iter().any(|p| !p.task.is_done()) {
-            if use_up(&flags, &self.parts) {
-                return Err(Error::Cancelled);
-            }
             self.plan.clear();
+            self.plan.is_embedding = matches!(purpose, Purpose::Embed(_));
             for part in self.parts.iter_mut().filter(|p| !p.task.is_done()) {
                 let before = self.plan.entries.len();
                 self.plan.add(&rules, &mut part.task, &self.pool, self.options.max_rows, max_outputs);
                 part.touched |= self.plan.entries.len() > before;
             }
-            if self.plan.entries.is_empty() {
-                return Err(Error::Internal("no position fits into a pass".to_owned()));
-            }
-            let parts = &self.parts;
-            let is_cancelled = || parts.iter().any(|p| flags[p.task.seq].load(Ordering::Acquire));
-            if let Err(error) = self.context.run(&self.plan, &is_cancelled) {
-                use_up(&flags, &self.parts);
-                return Err(error);
-            }
-            self.rows_computed += self.plan.layers.iter().map(|l| l.enter.len() as u64).sum::<u64>();
+            self.run_plan()?;
             each_pass(&*self.context, done, self.plan.outputs.len());
             done += self.plan.outputs.len();
             if let Some(progress) = &mut self.progress {
@@ -404,6 +716,44 @@ impl Session {
         }
         Ok(())
     }
+
+    /// One pass over the weights.
+    fn run_plan(&mut self) -> Result<()> {
+        let (flags, parts) = (&self.cancel.flags, &self.parts);
+        if use_up(flags, parts) {
+            return Err(Error::Cancelled);
+        }
+        if self.plan.entries.is_empty() {
+            return Err(Error::Internal("no position fits into a pass".to_owned()));
+        }
+        let is_cancelled = || parts.iter().any(|p| flags[p.task.seq].load(Ordering::Acquire));
+        if let Err(error) = self.context.run(&self.plan, &is_cancelled) {
+            use_up(flags, parts);
+            return Err(error);
+        }
+        self.stats.count_pass(self.plan.layers.iter().map(|l| l.enter.len() as u64).sum());
+        Ok(())
+    }
+}
+
+/// What sequences are extended for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Purpose {
+    Decode,
+    Score,
+    Embed(Pooling),
+}
+
+/// Logits rows beside the sequences' own.
+fn n_every(options: &SessionOptions) -> usize {
+    let drafts = if options.n_draft == 0 { 0 } else { options.n_sequences * (options.n_draft + 1) };
+    drafts.max(SCORE_ROWS)
+}
+
+/// The first token outside the vocabulary, with its index.
+fn check_tokens(tokens: &[i32], n_vocab: usize) -> Result<(), (usize, i32)> {
+    let is_known = |t: i32| usize::try_from(t).is_ok_and(|t| t < n_vocab);
+    tokens.iter().copied().enumerate().find(|&(_, t)| !is_known(t)).map_or(Ok(()), Err)
 }
 
 /// Takes back the requests to cancel any of `parts`; whether there were any.

@@ -4,7 +4,7 @@ mod common;
 
 use common::{Golden, difference, golden, load, under_every_variant};
 use phd::model::BackendKind;
-use phd::session::{BatchEntry, CacheType, Session, SessionOptions};
+use phd::session::{BatchEntry, CacheType, Logits, Session, SessionOptions};
 use phd::{Error, Result};
 
 const SEQUENCES: usize = 3;
@@ -34,7 +34,7 @@ fn session(g: &Golden, backend: BackendKind, n_positions: usize, max_rows: usize
 }
 
 fn entry(seq: usize, tokens: &[i32]) -> BatchEntry<'_> {
-    BatchEntry { seq: seq as i64, tokens, logits: true }
+    BatchEntry { seq: seq as i64, tokens, logits: Logits::Last }
 }
 
 fn check(s: &Session, seq: usize, g: &Golden, n: usize, what: &str) {
@@ -158,7 +158,7 @@ fn logits_are_left_where_they_are_wanted() {
         let n = g.tokens.len();
         let mut s = session(&g, backend, 3 * n, 64);
         s.prefill(1, &g.tokens[..3]).unwrap();
-        let quiet = BatchEntry { logits: false, ..entry(1, &g.tokens[3..n / 2]) };
+        let quiet = BatchEntry { logits: Logits::Nothing, ..entry(1, &g.tokens[3..n / 2]) };
         s.decode(&[entry(0, &g.tokens[..n / 2]), quiet]).unwrap();
         check(&s, 0, &g, n / 2, "wanted");
         assert!(matches!(s.logits(1), Err(Error::InvalidArgument(_))), "{}", g.name);

@@ -203,7 +203,7 @@ fn pruned_prefill_computes_less_and_the_same() {
             let mut s = Session::new(model.clone(), &options).unwrap();
             s.prefill(0, &g.tokens).unwrap();
             check(&s, 0, g, n - 1, CacheType::F32, &format!("{pruning:?}"));
-            s.rows_computed()
+            s.stats().snapshot().rows
         };
         let (pruned, all) = (run(Pruning::Exact), run(Pruning::All));
         let desc = model.desc();

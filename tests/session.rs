@@ -8,7 +8,7 @@ use allocations::COUNT;
 use common::{Golden, demo_model, difference, golden, load};
 use phd::Error;
 use phd::model::{BackendKind, LoadOptions, Model};
-use phd::session::{BatchEntry, CacheType, Session, SessionOptions};
+use phd::session::{BatchEntry, CacheType, Logits, Session, SessionOptions};
 
 fn cases() -> impl Iterator<Item = (Golden, BackendKind)> {
     golden().into_iter().flat_map(|g| [(g.clone(), BackendKind::Reference), (g, BackendKind::Cpu)])
@@ -32,8 +32,8 @@ fn calls_allocate_nothing() {
         s.truncate(0, n / 4).unwrap();
         s.truncate(1, n / 2).unwrap();
         s.decode(&[
-            BatchEntry { seq: 1, tokens: &g.tokens[n / 2..], logits: true },
-            BatchEntry { seq: 0, tokens: &g.tokens[n / 4..], logits: false },
+            BatchEntry { seq: 1, tokens: &g.tokens[n / 2..], logits: Logits::Last },
+            BatchEntry { seq: 0, tokens: &g.tokens[n / 4..], logits: Logits::Nothing },
         ])
         .unwrap();
         assert_eq!(COUNT.get(), before, "{}", g.name);

@@ -60,6 +60,8 @@ pub struct ContextOptions {
     pub max_rows: usize,
     /// Rows of the logits buffer.
     pub n_logits: usize,
+    /// Rows of the embeddings buffer.
+    pub n_embeddings: usize,
 }
 
 /// Bytes held by a context.
@@ -86,10 +88,17 @@ pub trait Context: Send {
     fn run(&mut self, plan: &Plan, cancelled: &(dyn Fn() -> bool + Sync)) -> Result<()>;
     /// A row of the logits buffer, `[n_vocab]`.
     fn logits(&self, row: usize) -> &[f32];
+    fn logits_mut(&mut self, row: usize) -> &mut [f32];
     fn copy_logits(&mut self, src: usize, dst: usize);
+    /// A row of the embeddings buffer, `[n_embd]`: where the outputs of a plan of embeddings go.
+    fn embedding(&self, row: usize) -> &[f32];
     fn copy_block(&mut self, copy: BlockCopy);
     /// Copies a sequence's hidden rings.
     fn copy_rings(&mut self, src: usize, dst: usize);
+    /// A cache row's keys and values in a layer, as every backend of the cache's type encodes them: each
+    /// [`CacheType::row_bytes`] of `kv_dim` elements, heads one after another.
+    fn read_row(&self, layer: usize, row: usize, k: &mut [u8], v: &mut [u8]);
+    fn write_row(&mut self, layer: usize, row: usize, k: &[u8], v: &[u8]);
     fn memory(&self) -> ContextMemory;
 }
 

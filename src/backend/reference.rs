@@ -136,6 +136,7 @@ struct ReferenceContext {
     rings: Vec<KeyValues>, // (layer): (sequence, hidden number % ring_capacity), kv_dim
     fresh: KeyValues,      // (hidden row of the pass, kv_dim)
     logits: Vec<f32>,      // (logits row, n_vocab)
+    embeddings: Vec<f32>,  // (embedding, n_embd)
     x: Vec<f32>,           // (row, n_embd): the residual stream
     norm: Vec<f32>,        // (row, n_embd)
     q: Vec<f32>,           // (row, q_dim)
@@ -179,6 +180,7 @@ impl ReferenceContext {
             rings: layers(layout.ring_rows())?,
             fresh: KeyValues::new(options.cache_type, rows, h.kv_dim())?,
             logits: zeroed("the logits", options.n_logits, h.n_vocab)?,
+            embeddings: zeroed("the embeddings", options.n_embeddings, h.n_embd)?,
             x: scratch(h.n_embd)?,
             norm: scratch(h.n_embd)?,
             q: scratch(h.q_dim())?,
@@ -378,6 +380,10 @@ impl Context for ReferenceContext {
         }
         for (output, x) in plan.outputs.iter().zip(self.x.chunks(e)) {
             rms_norm(x, &model.weights.norm, h.norm_eps, 1, &mut self.norm);
+            if plan.is_embedding {
+                self.embeddings[output.logits as usize * e..][..e].copy_from_slice(&self.norm[..e]);
+                continue;
+            }
             let logits = &mut self.logits[output.logits as usize * h.n_vocab..][..h.n_vocab];
             matmul(&model.weights.head, &self.norm, 1, logits, &mut self.weight_row);
         }
@@ -387,6 +393,30 @@ impl Context for ReferenceContext {
     fn logits(&self, row: usize) -> &[f32] {
         let n = self.model.hyper.n_vocab;
         &self.logits[row * n..(row + 1) * n]
+    }
+
+    fn logits_mut(&mut self, row: usize) -> &mut [f32] {
+        let n = self.model.hyper.n_vocab;
+        &mut self.logits[row * n..(row + 1) * n]
+    }
+
+    fn embedding(&self, row: usize) -> &[f32] {
+        let n = self.model.hyper.n_embd;
+        &self.embeddings[row * n..(row + 1) * n]
+    }
+
+    fn read_row(&self, layer: usize, row: usize, k: &mut [u8], v: &mut [u8]) {
+        for (store, out) in [(&self.cache[layer].k, k), (&self.cache[layer].v, v)] {
+            out.copy_from_slice(&store.bytes[store.range(row)]);
+        }
+    }
+
+    fn write_row(&mut self, layer: usize, row: usize, k: &[u8], v: &[u8]) {
+        let kv = &mut self.cache[layer];
+        for (store, bytes) in [(&mut kv.k, k), (&mut kv.v, v)] {
+            let range = store.range(row);
+            store.bytes[range].copy_from_slice(bytes);
+        }
     }
 
     fn copy_logits(&mut self, src: usize, dst: usize) {
@@ -413,6 +443,7 @@ impl Context for ReferenceContext {
     fn memory(&self) -> ContextMemory {
         let floats = [
             &self.logits,
+            &self.embeddings,
             &self.x,
             &self.norm,
             &self.q,

@@ -59,6 +59,16 @@ pub struct phd_session_params {
     /// Called between the passes of a long prefill; may be null.
     pub progress: phd_progress,
     pub progress_user: *mut c_void,
+    /// Texts that phd_seq_retain keeps at most.
+    pub n_retained: u32,
+    /// For speculative decoding: positions that can be taken back without recomputing hidden rows; and the tokens, for each
+    /// sequence of a batch, whose logits PHD_ENTRY_LOGITS_ALL can ask for are one more (16 in all at least).
+    pub n_draft: u32,
+    /// 1: a sequence's results must not depend, in any bit, on who shares its batches. On the CPU they never do; a backend that
+    /// would trade that for speed does not under this flag.
+    pub batch_invariant: u32,
+    /// Must be 0.
+    pub reserved: u32,
 }
 
 #[repr(C)]
@@ -90,8 +100,96 @@ pub struct phd_memory {
     pub scratch_bytes: u64,
 }
 
+/// How a session's pool is used, in positions of whole blocks: used + retained + free is the whole pool.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct phd_usage {
+    pub struct_size: usize,
+    /// In blocks that sequences refer to.
+    pub used: u64,
+    /// In blocks that nobody refers to.
+    pub free: u64,
+    /// The part of `used` that several sequences share, counted once.
+    pub shared: u64,
+    /// In blocks that only retained texts refer to: given up as soon as a sequence needs them.
+    pub retained: u64,
+    /// Positions of a block.
+    pub block: u64,
+}
+
+/// A session's counters since it was created; times in nanoseconds.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct phd_stats {
+    pub struct_size: usize,
+    /// Positions appended by entries of several tokens.
+    pub prompt_tokens: u64,
+    /// Positions appended by entries of one token.
+    pub step_tokens: u64,
+    /// Time in calls with an entry of several tokens.
+    pub prefill_ns: u64,
+    /// Time in calls of single tokens only.
+    pub step_ns: u64,
+    /// Time that calls have waited for one another.
+    pub wait_ns: u64,
+    /// Calls that extend sequences, failed ones included.
+    pub calls: u64,
+    /// Passes over the weights.
+    pub passes: u64,
+    /// Rows that have entered a layer, summed over layers.
+    pub rows: u64,
+    pub cancelled: u64,
+    /// Calls that found the cache full.
+    pub cache_full: u64,
+    pub prefix_lookups: u64,
+    /// Look-ups that found at least one token.
+    pub prefix_hits: u64,
+    /// Positions taken over instead of computed.
+    pub prefix_tokens: u64,
+    /// Positions dropped by policies.
+    pub dropped: u64,
+    /// Positions that retained texts have given up.
+    pub evicted: u64,
+}
+
+/// What happens when a sequence has no room for more.
+#[repr(C)]
+pub enum phd_when_full {
+    /// PHD_ERROR_CACHE_FULL.
+    PHD_WHEN_FULL_STOP = 0,
+    /// The oldest positions after the first `n_keep` are dropped: half of what could be, or as much as is needed, in whole chunks of
+    /// the model. The remaining text has positions without a gap, as in training.
+    PHD_WHEN_FULL_DROP_MIDDLE,
+}
+
+/// See phd_seq_set_policy.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct phd_seq_policy {
+    pub struct_size: usize,
+    /// A phd_when_full.
+    pub when_full: u32,
+    /// Positions at the beginning that are never dropped; rounded up to whole blocks.
+    pub n_keep: u32,
+    /// Positions that the sequence may have; 0 = as many as the session allows.
+    pub limit: u32,
+    /// Must be 0.
+    pub reserved: u32,
+}
+
+/// What an embedding is of.
+#[repr(C)]
+pub enum phd_pooling {
+    /// The last position.
+    PHD_POOLING_LAST = 0,
+    /// The mean over all positions given.
+    PHD_POOLING_MEAN,
+}
+
 /// Leave the logits of the entry's last position.
 pub const PHD_ENTRY_LOGITS: u32 = 1;
+/// Leave the logits of all of the entry's positions: see phd_logits_at.
+pub const PHD_ENTRY_LOGITS_ALL: u32 = 2;
 
 /// One sequence's part of a batch. All entries of an array have the `struct_size` of the first, `sizeof(phd_batch_entry)`.
 #[repr(C)]
@@ -99,7 +197,7 @@ pub const PHD_ENTRY_LOGITS: u32 = 1;
 pub struct phd_batch_entry {
     pub struct_size: usize,
     pub seq: i32,
-    /// PHD_ENTRY_LOGITS or 0: then the sequence has no logits afterwards.
+    /// PHD_ENTRY_LOGITS, PHD_ENTRY_LOGITS_ALL, or 0: then the sequence has no logits afterwards.
     pub flags: u32,
     /// What is appended: a piece of a prompt, or one token.
     pub tokens: *const i32,
@@ -147,7 +245,21 @@ unsafe impl Versioned for phd_session_params {
             cache_type: phd_cache_type::PHD_CACHE_F16 as u32,
             progress: None,
             progress_user: std::ptr::null_mut(),
+            n_retained: 64,
+            n_draft: 0,
+            batch_invariant: 0,
+            reserved: 0,
         }
+    }
+}
+
+// SAFETY: as above.
+unsafe impl Versioned for phd_seq_policy {
+    const NAME: &'static str = "phd_seq_policy";
+
+    fn defaults() -> Self {
+        let when_full = phd_when_full::PHD_WHEN_FULL_STOP as u32;
+        phd_seq_policy { struct_size: size_of::<Self>(), when_full, n_keep: 0, limit: 0, reserved: 0 }
     }
 }
 
@@ -246,4 +358,11 @@ pub unsafe extern "C" fn phd_model_params_init(params: *mut phd_model_params, st
 pub unsafe extern "C" fn phd_session_params_init(params: *mut phd_session_params, struct_size: usize) {
     // SAFETY: the C contract.
     unsafe { init(params, struct_size) }
+}
+
+/// Writes the defaults into `policy`; `struct_size` is `sizeof(phd_seq_policy)`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn phd_seq_policy_init(policy: *mut phd_seq_policy, struct_size: usize) {
+    // SAFETY: the C contract.
+    unsafe { init(policy, struct_size) }
 }

@@ -2,17 +2,23 @@
 
 use std::ffi::c_void;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Instant;
 
-use super::params::{self, PHD_ENTRY_LOGITS, phd_batch_entry, phd_memory, phd_session_params};
-use super::{borrow, guard, input, output, phd_error, phd_model, phd_status};
+use super::params::{
+    self, PHD_ENTRY_LOGITS, PHD_ENTRY_LOGITS_ALL, phd_batch_entry, phd_memory, phd_seq_policy, phd_session_params,
+    phd_stats, phd_usage,
+};
+use super::{borrow, copy_out, guard, input, output, phd_error, phd_model, phd_status};
 use crate::error::{Error, Result, invalid};
-use crate::session::{BatchEntry, CacheType, CancelHandle, Session, SessionOptions};
+use crate::session::{BatchEntry, CacheType, CancelHandle, Logits, Policy, Pooling, Session, SessionOptions, WhenFull};
+use crate::stats::Stats;
 
 /// A fixed-size KV cache and the sequences in it. Calls from several threads wait for each other.
 pub struct phd_session {
     session: Mutex<Session>,
     cancel: CancelHandle,
+    stats: Arc<Stats>,
     /// Who is inside, so that a call from the session's own callback is refused and not locked out for ever.
     inside: AtomicU64,
 }
@@ -42,8 +48,10 @@ impl phd_session {
         if self.inside.load(Ordering::Acquire) == me {
             return Err(invalid!("the session is called from its own callback"));
         }
+        let begin = Instant::now();
         let session =
             self.session.lock().map_err(|_| Error::Internal("this session has failed before; free it".to_owned()))?;
+        self.stats.count_wait(begin.elapsed());
         self.inside.store(me, Ordering::Release);
         Ok(Inside { session, inside: &self.inside })
     }
@@ -99,18 +107,25 @@ pub unsafe extern "C" fn phd_session_create(
             n_sequences: params.n_sequences as usize,
             n_threads: params.n_threads as usize,
             cache_type,
+            n_retained: params.n_retained as usize,
+            n_draft: params.n_draft as usize,
             ..Default::default()
         };
+        if params.batch_invariant > 1 || params.reserved != 0 {
+            let (flag, rest) = (params.batch_invariant, params.reserved);
+            return Err(invalid!("batch_invariant is {flag} and reserved {rest}, expected 0 or 1, and 0"));
+        }
         let mut session = Session::new(model.model.clone(), &options)?;
         if let Some(callback) = params.progress {
             let user = User(params.progress_user);
             // SAFETY: the C contract: the callback may be called with its pointer while a call on the session runs.
             session.set_progress(Some(Box::new(move |fraction| unsafe { callback(fraction, user.get()) })));
         }
-        let cancel = session.cancel_handle();
+        let (cancel, stats) = (session.cancel_handle(), session.stats().clone());
         out.write(Box::into_raw(Box::new(phd_session {
             session: Mutex::new(session),
             cancel,
+            stats,
             inside: AtomicU64::new(0),
         })));
         Ok(())
@@ -205,14 +220,18 @@ pub unsafe extern "C" fn phd_decode(
                 params::read(at)?
             };
             let phd_batch_entry { seq, flags, tokens, n_tokens, .. } = entry;
-            if flags & !PHD_ENTRY_LOGITS != 0 {
-                return Err(invalid!("entry {i} has flags {flags:#x}, expected PHD_ENTRY_LOGITS or 0"));
-            }
+            let logits = match flags {
+                0 => Logits::Nothing,
+                PHD_ENTRY_LOGITS => Logits::Last,
+                // With or without the last position's.
+                _ if flags & !PHD_ENTRY_LOGITS == PHD_ENTRY_LOGITS_ALL => Logits::Every,
+                _ => return Err(invalid!("entry {i} has flags {flags:#x}, expected PHD_ENTRY_LOGITS, _ALL or 0")),
+            };
             // SAFETY: readable tokens, by the C contract.
             let tokens = unsafe { input(tokens, n_tokens, "tokens")? };
-            Ok(BatchEntry { seq: seq.into(), tokens, logits: flags != 0 })
+            Ok(BatchEntry { seq: seq.into(), tokens, logits })
         };
-        s.decode_each(&mut (0..n_entries).map(&mut read))
+        s.decode_each(n_entries, &mut read)
     };
     // SAFETY: a live handle, by the C contract.
     unsafe { with(session, error, body) }
@@ -237,6 +256,113 @@ pub unsafe extern "C" fn phd_logits(
             n.write(row.len());
             Ok(())
         })
+    }
+}
+
+/// The logits after token `index` of the last entry of `seq`, if that asked for PHD_ENTRY_LOGITS_ALL. They are valid until the
+/// sequence is changed or another call asks for all positions'. `PHD_ERROR_INVALID_ARGUMENT` if there are none.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn phd_logits_at(
+    session: *const phd_session,
+    seq: i32,
+    index: usize,
+    logits: *mut *const f32,
+    n_vocab: *mut usize,
+    error: *mut *mut phd_error,
+) -> phd_status {
+    // SAFETY: a live handle and places for the outputs, by the C contract.
+    unsafe {
+        with(session, error, |s| {
+            let (to, n) = (output(logits, "logits")?, output(n_vocab, "n_vocab")?);
+            let row = s.logits_at(seq.into(), index)?;
+            to.write(row.as_ptr());
+            n.write(row.len());
+            Ok(())
+        })
+    }
+}
+
+/// Appends tokens as phd_prefill does, leaves no logits, and writes `ln p(tokens[i] | everything before it)` for i = 1.. to
+/// `scores[i - 1]`: `n_tokens - 1` of them. A small buffer gets `PHD_ERROR_BUFFER_TOO_SMALL` and nothing is appended.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn phd_score(
+    session: *mut phd_session,
+    seq: i32,
+    tokens: *const i32,
+    n_tokens: usize,
+    scores: *mut f32,
+    capacity: usize,
+    n_scores: *mut usize,
+    error: *mut *mut phd_error,
+) -> phd_status {
+    // SAFETY: a live handle, readable tokens and writable scores, by the C contract.
+    unsafe {
+        with(session, error, |s| {
+            let tokens = input(tokens, n_tokens, "tokens")?;
+            let (n, count) = (tokens.len().saturating_sub(1), output(n_scores, "n_scores")?);
+            let out = buffer(scores, capacity, n, "scores", count)?;
+            s.score_into(seq.into(), tokens, out)
+        })
+    }
+}
+
+/// Appends tokens as phd_prefill does, leaves no logits, and writes an embedding of them, `n_embd` numbers: the output norm's row of
+/// the last copy, `pooling` (a phd_pooling) over the tokens, divided by its length if `normalize`. Empty the sequence before and after
+/// for embeddings of single texts. A small buffer gets `PHD_ERROR_BUFFER_TOO_SMALL` and nothing is appended.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn phd_embed(
+    session: *mut phd_session,
+    seq: i32,
+    tokens: *const i32,
+    n_tokens: usize,
+    pooling: u32,
+    normalize: bool,
+    embedding: *mut f32,
+    capacity: usize,
+    n_embd: *mut usize,
+    error: *mut *mut phd_error,
+) -> phd_status {
+    // SAFETY: a live handle, readable tokens and a writable embedding, by the C contract.
+    unsafe {
+        with(session, error, |s| {
+            let pooling = match pooling {
+                0 => Pooling::Last,
+                1 => Pooling::Mean,
+                other => return Err(invalid!("pooling is {other}, expected a phd_pooling")),
+            };
+            let tokens = input(tokens, n_tokens, "tokens")?;
+            let n = s.model().desc().n_embd;
+            let out = buffer(embedding, capacity, n, "embedding", output(n_embd, "n_embd")?)?;
+            s.embed(seq.into(), tokens, pooling, normalize, out)
+        })
+    }
+}
+
+/// The caller's buffer for `n` elements; a small one gets `BufferTooSmall` and the size in `count`.
+///
+/// # Safety
+/// `data` is null or writable for `capacity` elements that nobody else uses.
+unsafe fn buffer<'a>(
+    data: *mut f32,
+    capacity: usize,
+    n: usize,
+    name: &str,
+    count: &mut std::mem::MaybeUninit<usize>,
+) -> Result<&'a mut [f32]> {
+    if data.is_null() && capacity > 0 {
+        return Err(invalid!("{name} is null, but its capacity is {capacity}"));
+    }
+    count.write(n);
+    if capacity < n {
+        return Err(Error::BufferTooSmall { needed: n, capacity });
+    }
+    if n == 0 {
+        return Ok(&mut []);
+    }
+    // SAFETY: not null, and writable for `n` elements by the caller's promise; zeroed first, since C may not have.
+    unsafe {
+        std::ptr::write_bytes(data, 0, n);
+        Ok(std::slice::from_raw_parts_mut(data, n))
     }
 }
 
@@ -304,4 +430,178 @@ pub unsafe extern "C" fn phd_seq_cancel_clear(
 ) -> phd_status {
     // SAFETY: a live handle, by the C contract.
     guard(error, || unsafe { borrow(session, "session") }?.cancel.clear(seq.into()))
+}
+
+/// Empties `seq` and keeps its text as long as there is room, so that phd_seq_take_prefix can take it over. Retained texts give way,
+/// the least recently used first and from its end, as soon as a sequence needs their blocks.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn phd_seq_retain(session: *mut phd_session, seq: i32, error: *mut *mut phd_error) -> phd_status {
+    // SAFETY: a live handle, by the C contract.
+    unsafe { with(session, error, |s| s.retain(seq.into())) }
+}
+
+/// How many of `tokens` the longest cached text has that they begin with, among all sequences and retained texts; 0 if none.
+/// `*seq` is the sequence that has it, or -1. Nothing is changed.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn phd_seq_match_prefix(
+    session: *mut phd_session,
+    tokens: *const i32,
+    n_tokens: usize,
+    n_positions: *mut usize,
+    seq: *mut i32,
+    error: *mut *mut phd_error,
+) -> phd_status {
+    // SAFETY: a live handle, readable tokens and places for the outputs, by the C contract.
+    unsafe {
+        with(session, error, |s| {
+            let tokens = input(tokens, n_tokens, "tokens")?;
+            let (n_out, seq_out) = (output(n_positions, "n_positions")?, output(seq, "seq")?);
+            let (n, source) = s.match_prefix(tokens)?;
+            n_out.write(n);
+            seq_out.write(source.map_or(-1, |seq| seq as i32));
+            Ok(())
+        })
+    }
+}
+
+/// Makes `seq`, whatever it held, the longest cached prefix of `tokens`, and writes its length. Keys and values are shared, not
+/// computed. The sequence has no logits: leave the last token out, and prefill what is missing. Of hidden rows at most one chunk's
+/// positions are computed again by that (PHD-SWA: a few windows).
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn phd_seq_take_prefix(
+    session: *mut phd_session,
+    seq: i32,
+    tokens: *const i32,
+    n_tokens: usize,
+    n_positions: *mut usize,
+    error: *mut *mut phd_error,
+) -> phd_status {
+    // SAFETY: a live handle, readable tokens and a place for the output, by the C contract.
+    unsafe {
+        with(session, error, |s| {
+            let (tokens, out) = (input(tokens, n_tokens, "tokens")?, output(n_positions, "n_positions")?);
+            out.write(s.take_prefix(seq.into(), tokens)?);
+            Ok(())
+        })
+    }
+}
+
+/// The tokens of `seq`, in order. A small buffer gets `PHD_ERROR_BUFFER_TOO_SMALL` and the size in `*n_tokens`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn phd_seq_tokens(
+    session: *const phd_session,
+    seq: i32,
+    tokens: *mut i32,
+    capacity: usize,
+    n_tokens: *mut usize,
+    error: *mut *mut phd_error,
+) -> phd_status {
+    // SAFETY: a live handle and a writable buffer, by the C contract.
+    unsafe {
+        with(session, error, |s| {
+            let text: Vec<i32> = s.tokens(seq.into())?.map(|t| t as i32).collect();
+            copy_out(&text, tokens, capacity, n_tokens, "tokens")
+        })
+    }
+}
+
+/// Decides what happens when `seq` is full, from the next call on; null: the default, to stop. Under PHD_WHEN_FULL_DROP_MIDDLE a
+/// call that finds no room below `limit` first drops, and is still carried out whole or not at all. For the moment of the dropping
+/// the old text and the new one both take room: `limit` is at most the session's positions less `n_keep` and a block.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn phd_seq_set_policy(
+    session: *mut phd_session,
+    seq: i32,
+    policy: *const phd_seq_policy,
+    error: *mut *mut phd_error,
+) -> phd_status {
+    // SAFETY: a live handle, and `policy` null or a struct of its own struct_size, by the C contract.
+    unsafe {
+        with(session, error, |s| {
+            let p = params::read::<phd_seq_policy>(policy)?;
+            let when_full = match (p.when_full, p.reserved) {
+                (0, 0) => WhenFull::Stop,
+                (1, 0) => WhenFull::DropMiddle { keep: p.n_keep as usize },
+                (other, 0) => return Err(invalid!("when_full is {other}, expected a phd_when_full")),
+                (_, other) => return Err(invalid!("reserved is {other}, expected 0")),
+            };
+            s.set_policy(seq.into(), Policy { when_full, limit: p.limit as usize })
+        })
+    }
+}
+
+/// Positions that its policy has dropped from `seq`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn phd_seq_dropped(
+    session: *const phd_session,
+    seq: i32,
+    n_positions: *mut usize,
+    error: *mut *mut phd_error,
+) -> phd_status {
+    // SAFETY: a live handle and a place for the output, by the C contract.
+    unsafe {
+        with(session, error, |s| {
+            let out = output(n_positions, "n_positions")?;
+            out.write(s.dropped(seq.into())?);
+            Ok(())
+        })
+    }
+}
+
+/// How the pool is used. The caller sets `out->struct_size`; no more than that is written.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn phd_session_usage(
+    session: *const phd_session,
+    out: *mut phd_usage,
+    error: *mut *mut phd_error,
+) -> phd_status {
+    let body = |s: &mut Session| {
+        let u = s.usage();
+        let value = phd_usage {
+            struct_size: 0,
+            used: u.used as u64,
+            free: u.free as u64,
+            shared: u.shared as u64,
+            retained: u.retained as u64,
+            block: s.block() as u64,
+        };
+        // SAFETY: an out struct of its own struct_size, by the C contract.
+        unsafe { params::write(value, out) }
+    };
+    // SAFETY: a live handle, by the C contract.
+    unsafe { with(session, error, body) }
+}
+
+/// The session's counters, from any thread, without waiting for a running call. The caller sets `out->struct_size`; no more than
+/// that is written.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn phd_session_stats(
+    session: *const phd_session,
+    out: *mut phd_stats,
+    error: *mut *mut phd_error,
+) -> phd_status {
+    guard(error, || {
+        // SAFETY: a live handle, by the C contract.
+        let s = unsafe { borrow(session, "session") }?.stats.snapshot();
+        let value = phd_stats {
+            struct_size: 0,
+            prompt_tokens: s.prompt_tokens,
+            step_tokens: s.step_tokens,
+            prefill_ns: s.prefill.as_nanos() as u64,
+            step_ns: s.step.as_nanos() as u64,
+            wait_ns: s.wait.as_nanos() as u64,
+            calls: s.calls,
+            passes: s.passes,
+            rows: s.rows,
+            cancelled: s.cancelled,
+            cache_full: s.full,
+            prefix_lookups: s.prefix_lookups,
+            prefix_hits: s.prefix_hits,
+            prefix_tokens: s.prefix_tokens,
+            dropped: s.dropped,
+            evicted: s.evicted,
+        };
+        // SAFETY: an out struct of its own struct_size, by the C contract.
+        unsafe { params::write(value, out) }
+    })
 }

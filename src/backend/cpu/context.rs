@@ -74,6 +74,7 @@ struct Step {
     rings: Vec<(Rows, Rows)>,     // (layer): (sequence, hidden number % ring_capacity), kv_dim
     fresh: (Rows, Rows),          // (hidden row of the pass, kv_dim)
     logits: Shared<f32>,          // (logits row, n_vocab)
+    embeddings: Shared<f32>,      // (embedding, n_embd)
     x: Shared<f32>,               // (row of the plan, n_embd): the residual stream
     rope: Shared<f32>,            // (row of the plan, head_dim): cosines, then sines
     q: Shared<f32>,               // (entering row, q_dim)
@@ -129,6 +130,7 @@ impl CpuContext {
             rings: (0..h.n_layers).map(|_| natural(layout.ring_rows())).collect::<Result<_>>()?,
             fresh: natural(rows)?,
             logits: Shared::new("the logits", options.n_logits, h.n_vocab)?,
+            embeddings: Shared::new("the embeddings", options.n_embeddings, h.n_embd)?,
             x: scratch(rows, h.n_embd)?,
             rope: scratch(rows, h.head_dim)?,
             q: scratch(rows, h.q_dim())?,
@@ -179,6 +181,32 @@ impl Context for CpuContext {
         unsafe { self.step.logits.slice(row * n, n) }
     }
 
+    fn logits_mut(&mut self, row: usize) -> &mut [f32] {
+        let n = self.step.model.hyper.n_vocab;
+        &mut self.step.logits.as_mut()[row * n..(row + 1) * n]
+    }
+
+    fn embedding(&self, row: usize) -> &[f32] {
+        let n = self.step.model.hyper.n_embd;
+        // SAFETY: no step is running: that takes `&mut self`.
+        unsafe { self.step.embeddings.slice(row * n, n) }
+    }
+
+    fn read_row(&self, layer: usize, row: usize, k: &mut [u8], v: &mut [u8]) {
+        let (keys, values) = &self.step.cache[layer];
+        // SAFETY: no step is running: that takes `&mut self`.
+        unsafe {
+            keys.encoded(row, k);
+            values.encoded(row, v);
+        }
+    }
+
+    fn write_row(&mut self, layer: usize, row: usize, k: &[u8], v: &[u8]) {
+        let (keys, values) = &mut self.step.cache[layer];
+        keys.set_encoded(row, k);
+        values.set_encoded(row, v);
+    }
+
     fn copy_logits(&mut self, src: usize, dst: usize) {
         let n = self.step.model.hyper.n_vocab;
         self.step.logits.as_mut().copy_within(src * n..(src + 1) * n, dst * n);
@@ -205,7 +233,20 @@ impl Context for CpuContext {
 
     fn memory(&self) -> ContextMemory {
         let s = &self.step;
-        let floats = [&s.logits, &s.x, &s.rope, &s.q, &s.k, &s.v, &s.attention, &s.partials, &s.gate, &s.up, &s.out];
+        let floats = [
+            &s.logits,
+            &s.embeddings,
+            &s.x,
+            &s.rope,
+            &s.q,
+            &s.k,
+            &s.v,
+            &s.attention,
+            &s.partials,
+            &s.gate,
+            &s.up,
+            &s.out,
+        ];
         // SAFETY: no step is running.
         let own = unsafe { s.own.slice(0, s.own.len()) };
         ContextMemory {
@@ -731,6 +772,17 @@ impl<'a> Phases<'a> {
         let (s, h) = (self.s, self.h);
         let n = self.plan.outputs.len();
         let (Some(rows), true) = (self.plan.layers.last(), n > 0) else { return Some(()) };
+        if self.plan.is_embedding {
+            for i in self.w.share(n, 1) {
+                // SAFETY: phases: rows of this thread's share; these kernels are this CPU's.
+                unsafe {
+                    let x = s.x.slice(self.kept(rows, i) * h.n_embd, h.n_embd);
+                    let out = s.embeddings.slice_mut(self.plan.outputs[i].logits as usize * h.n_embd, h.n_embd);
+                    (self.kernels.norm)(x, &s.model.norm, h.norm_eps, out);
+                }
+            }
+            return Some(());
+        }
         let x = self.inputs(own, &s.model.head_needs, n, |own, i| {
             let row = self.kept(rows, i);
             // SAFETY: phases; these kernels are this CPU's.

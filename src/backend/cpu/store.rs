@@ -93,6 +93,24 @@ impl Rows {
         }
     }
 
+    /// A row's bytes, its parts one after another.
+    ///
+    /// # Safety
+    /// Nobody writes the row meanwhile.
+    pub unsafe fn encoded(&self, row: usize, out: &mut [u8]) {
+        for (part, out) in out.chunks_exact_mut(self.parts.bytes).enumerate() {
+            // SAFETY: the caller's.
+            out.copy_from_slice(unsafe { self.data.slice(self.at(row, part), self.parts.bytes) });
+        }
+    }
+
+    pub fn set_encoded(&mut self, row: usize, bytes: &[u8]) {
+        for (part, bytes) in bytes.chunks_exact(self.parts.bytes).enumerate() {
+            let at = self.at(row, part);
+            self.data.as_mut()[at..at + self.parts.bytes].copy_from_slice(bytes);
+        }
+    }
+
     pub fn copy_within(&mut self, src: usize, dst: usize, rows: usize) {
         for part in 0..self.parts.n {
             let (from, to) = (self.at(src, part), self.at(dst, part));
@@ -256,20 +274,64 @@ impl Granules {
         let encoded = &mut scratch[..self.parts.bytes];
         for (i, x) in x.chunks_exact(self.parts.width).enumerate() {
             self.parts.kind.encode(x, encoded);
-            let Lane { base, lanes, lane } = self.at(row, first / self.parts.width + i);
-            assert!(base + lanes * self.parts.bytes <= self.data.len());
-            // SAFETY: elements of this row only, within the granule that was checked to be in bounds.
-            unsafe {
-                let granule = self.data.as_ptr().add(base);
-                match self.parts.kind {
-                    CacheType::F32 => scatter::<4>(encoded, granule.add(4 * lane), lanes),
-                    CacheType::F16 => scatter::<2>(encoded, granule.add(2 * lane), lanes),
-                    CacheType::Q8_0 => {
-                        for (i, block) in encoded.chunks_exact(Q8_BLOCK).enumerate() {
-                            let to = granule.add(i * lanes * Q8_BLOCK);
-                            scatter::<2>(&block[..2], to.add(32 * lanes + 2 * lane), lanes);
-                            scatter::<1>(&block[2..], to.add(lane), lanes);
-                        }
+            // SAFETY: the caller's.
+            unsafe { self.scatter_row(row, first / self.parts.width + i, encoded) };
+        }
+    }
+
+    /// A part of a row, given as its bytes.
+    ///
+    /// # Safety
+    /// Nobody else touches it meanwhile.
+    unsafe fn scatter_row(&self, row: usize, part: usize, encoded: &[u8]) {
+        let Lane { base, lanes, lane } = self.at(row, part);
+        assert!(base + lanes * self.parts.bytes <= self.data.len() && encoded.len() == self.parts.bytes);
+        // SAFETY: elements of this row only, within the granule that was checked to be in bounds.
+        unsafe {
+            let granule = self.data.as_ptr().add(base);
+            match self.parts.kind {
+                CacheType::F32 => scatter::<4>(encoded, granule.add(4 * lane), lanes),
+                CacheType::F16 => scatter::<2>(encoded, granule.add(2 * lane), lanes),
+                CacheType::Q8_0 => {
+                    for (i, block) in encoded.chunks_exact(Q8_BLOCK).enumerate() {
+                        let to = granule.add(i * lanes * Q8_BLOCK);
+                        scatter::<2>(&block[..2], to.add(32 * lanes + 2 * lane), lanes);
+                        scatter::<1>(&block[2..], to.add(lane), lanes);
+                    }
+                }
+            }
+        }
+    }
+
+    pub fn set_encoded(&mut self, row: usize, bytes: &[u8]) {
+        for (part, bytes) in bytes.chunks_exact(self.parts.bytes).enumerate() {
+            // SAFETY: `&mut self` is the only access.
+            unsafe { self.scatter_row(row, part, bytes) };
+        }
+    }
+
+    /// A row's bytes, its parts one after another, each as [`CacheType::encode`] made it.
+    ///
+    /// # Safety
+    /// Nobody writes the row meanwhile.
+    pub unsafe fn encoded(&self, row: usize, out: &mut [u8]) {
+        let Parts { kind, bytes: n, .. } = self.parts;
+        for (part, out) in out.chunks_exact_mut(n).enumerate() {
+            let Lane { base, lanes, lane } = self.at(row, part);
+            // SAFETY: the caller's.
+            let granule = unsafe { self.data.slice(base, lanes * n) };
+            let mut gather = |to: usize, size: usize, count: usize, from: usize| {
+                for i in 0..count {
+                    out[to + i * size..][..size].copy_from_slice(&granule[from + (i * lanes + lane) * size..][..size]);
+                }
+            };
+            match kind {
+                CacheType::F32 => gather(0, 4, n / 4, 0),
+                CacheType::F16 => gather(0, 2, n / 2, 0),
+                CacheType::Q8_0 => {
+                    for at in (0..n).step_by(Q8_BLOCK) {
+                        gather(at, 2, 1, at * lanes + 32 * lanes);
+                        gather(at + 2, 1, 32, at * lanes);
                     }
                 }
             }

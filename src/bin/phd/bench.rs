@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use clap::Args;
-use phd::session::BatchEntry;
+use phd::session::{BatchEntry, Logits};
 use phd::{Model, Session};
 use serde_json::json;
 
@@ -216,7 +216,7 @@ impl Bench {
                     for i in 0..=TURN {
                         let len = session.len(0)?;
                         let begin = Instant::now();
-                        let next = |seq| BatchEntry { seq, tokens: &tokens[len..len + 1], logits: true };
+                        let next = |seq| BatchEntry { seq, tokens: &tokens[len..len + 1], logits: Logits::Last };
                         session.decode(&(0..n as i64).map(next).collect::<Vec<_>>())?;
                         if i > 0 {
                             ms.push(begin.elapsed().as_secs_f64() * 1e3);
