@@ -650,6 +650,43 @@ enum phd_status phd_session_stats(const struct phd_session *session,
                                   struct phd_error **error);
 
 /*
+ Writes `seq`, logits included, to `state`: for any session of the same model and cache type. A small buffer gets
+ `PHD_ERROR_BUFFER_TOO_SMALL` and the size in `*n_bytes`.
+ */
+enum phd_status phd_seq_save(const struct phd_session *session,
+                             int32_t seq,
+                             uint8_t *state,
+                             size_t capacity,
+                             size_t *n_bytes,
+                             struct phd_error **error);
+
+/*
+ Makes `seq`, whatever it held, what phd_seq_save wrote. A state of another model or cache type, a damaged or a forged one gets
+ `PHD_ERROR_INVALID_ARGUMENT`; after any failure the sequence is what it was.
+ */
+enum phd_status phd_seq_restore(struct phd_session *session,
+                                int32_t seq,
+                                const uint8_t *state,
+                                size_t n_bytes,
+                                struct phd_error **error);
+
+/*
+ phd_seq_save to a file, written whole or not at all.
+ */
+enum phd_status phd_seq_save_file(const struct phd_session *session,
+                                  int32_t seq,
+                                  const char *path,
+                                  struct phd_error **error);
+
+/*
+ phd_seq_restore from a file; what is wrong with it is `PHD_ERROR_FORMAT`.
+ */
+enum phd_status phd_seq_restore_file(struct phd_session *session,
+                                     int32_t seq,
+                                     const char *path,
+                                     struct phd_error **error);
+
+/*
  The name of a status, such as "PHD_ERROR_IO"; static. For a number that is none: "PHD_ERROR_UNKNOWN".
  */
 const char *phd_status_name(phd_status status);

@@ -651,12 +651,23 @@ impl Pool {
         (to.len, to.ring, to.dropped) = (len, ring, dropped);
     }
 
-    /// Makes an empty `seq` a text of `tokens` whose keys and values the caller writes; `dropped` as [`Pool::dropped`] counts.
+    /// Makes `seq`, whatever it held, a text of `tokens` whose keys and values the caller writes; `dropped` as [`Pool::dropped`] counts.
+    ///
+    /// # Errors
+    /// [`Error::CacheFull`]; the sequence is what it was.
     pub fn restore(&mut self, seq: usize, tokens: &[u32], dropped: usize) -> Result<()> {
-        let (reservation, _) = self.reserve(seq, tokens, None, &mut 0)?;
-        self.commit(reservation);
-        let s = &mut self.sequences[seq];
-        (s.dropped, s.ring) = (dropped, Ring::LOST);
+        let own = self.sequences[seq].blocks.iter().filter(|&&b| self.live[b as usize] == 1).count();
+        let free = ((self.n_available() + own) * self.layout.block).min(self.layout.n_positions);
+        if tokens.len() > free {
+            return Err(Error::CacheFull { needed: tokens.len(), free });
+        }
+        self.clear(seq);
+        if !tokens.is_empty() {
+            let (reservation, _) = self.reserve(seq, tokens, None, &mut 0)?;
+            self.commit(reservation);
+            let s = &mut self.sequences[seq];
+            (s.dropped, s.ring) = (dropped, Ring::LOST);
+        }
         Ok(())
     }
 

@@ -5,6 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use serde_json::Value as Json;
+use xxhash_rust::xxh3::{Xxh3, xxh3_128};
 
 use crate::backend::{self, Backend};
 use crate::checkpoint::gguf::Metadata;
@@ -150,6 +151,7 @@ pub struct Model {
     pub(crate) backend: Arc<dyn Backend>,
     tokenizer: Option<Arc<Tokenizer>>,
     desc: Desc,
+    weights_hash: u128,
 }
 
 impl Model {
@@ -176,9 +178,10 @@ impl Model {
         }
         let desc = describe(&hyper, &checkpoint);
         let hyper = Arc::new(hyper);
+        let weights_hash = hash_weights(&checkpoint);
         let backend = backend::prepare(hyper.clone(), weights, options.backend, &mut |f| report(0.3 + 0.7 * f))?;
         report(1.0)?;
-        Ok(Model { hyper, backend, tokenizer: tokenizer.map(Arc::new), desc })
+        Ok(Model { hyper, backend, tokenizer: tokenizer.map(Arc::new), desc, weights_hash })
     }
 
     /// The same weights, shared, run with other (copies, window, chunk): see [`LoadOptions::rules`].
@@ -192,7 +195,14 @@ impl Model {
             backend: self.backend.clone(),
             tokenizer: self.tokenizer.clone(),
             desc: Desc { rules, ..self.desc.clone() },
+            weights_hash: self.weights_hash,
         })
+    }
+
+    /// Tells models apart: hyper-parameters, rules, and each tensor's name, type, shape and a sample of its bytes.
+    pub fn fingerprint(&self) -> u128 {
+        let text = format!("{:?} {:x}", self.hyper, self.weights_hash);
+        xxh3_128(text.as_bytes())
     }
 
     /// Bytes of weights that one pass reads.
@@ -213,6 +223,20 @@ impl Model {
     pub fn backend_name(&self) -> String {
         self.backend.name()
     }
+}
+
+/// Names, types, shapes, and some sixteen pieces of each tensor: reading all of a large file would take longer than loading it.
+fn hash_weights(checkpoint: &Checkpoint) -> u128 {
+    const PIECE: usize = 4096;
+    let mut hash = Xxh3::new();
+    for t in checkpoint.tensors.values() {
+        hash.update(format!("{:?} {:?} {:?}\0", t.name, t.dtype, t.shape).as_bytes());
+        let data: &[u8] = &t.data;
+        let step = (data.len() / 16).next_multiple_of(PIECE).max(PIECE);
+        data.chunks(step).for_each(|c| hash.update(&c[..c.len().min(PIECE)]));
+        hash.update(&data[data.len().saturating_sub(PIECE)..]);
+    }
+    hash.digest128()
 }
 
 fn other_rules(hyper: &Hyper, (copies, window, chunk): (usize, usize, usize)) -> Result<Rules> {

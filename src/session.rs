@@ -8,7 +8,7 @@ use crate::backend::{Context, ContextOptions};
 use crate::cache::{Layout, Middle, Pool, Reservation, Source};
 use crate::error::{Error, Result, invalid};
 use crate::model::Model;
-use crate::schedule::{Plan, Pruning, Ring, Task, Wanted};
+use crate::schedule::{Plan, Pruning, Ring, Sequences, Task, Wanted};
 use crate::stats::Stats;
 
 pub use crate::backend::CacheType;
@@ -318,14 +318,13 @@ impl Session {
     /// # Errors
     /// Those of [`Session::prefill`]; `InvalidArgument` unless there is one score less than tokens.
     pub fn score_into(&mut self, seq: i64, tokens: &[i32], scores: &mut [f32]) -> Result<()> {
-        let start = self.pool.len(self.pool.check_seq(seq)?);
         if scores.len() + 1 != tokens.len() {
             return Err(invalid!("there is room for {} scores of {} tokens", scores.len(), tokens.len()));
         }
         let first = 2 * self.pool.layout().n_sequences;
         self.extend_one(seq, tokens, Purpose::Score, &mut |context, from, n| {
             for i in 0..n {
-                let at = from + i - start;
+                let at = from + i;
                 if let Some(&next) = tokens.get(at + 1) {
                     scores[at] = log_probability(context.logits(first + i), next as usize);
                 }
@@ -415,6 +414,38 @@ impl Session {
     /// The tokens of `seq`, in order.
     pub fn tokens(&self, seq: i64) -> Result<impl ExactSizeIterator<Item = u32>> {
         Ok(self.pool.text(self.pool.check_seq(seq)?))
+    }
+
+    pub fn cache_type(&self) -> CacheType {
+        self.options.cache_type
+    }
+
+    pub fn options(&self) -> &SessionOptions {
+        &self.options
+    }
+
+    /// A stored row of a sequence, as [`Context::read_row`] gives it.
+    pub(crate) fn read_stored(&self, seq: i64, layer: usize, stored: usize, k: &mut [u8], v: &mut [u8]) {
+        self.context.read_row(layer, self.pool.cache_row(seq as usize, stored) as usize, k, v);
+    }
+
+    pub(crate) fn write_stored(&mut self, seq: i64, layer: usize, stored: usize, k: &[u8], v: &[u8]) {
+        self.context.write_row(layer, self.pool.cache_row(seq as usize, stored) as usize, k, v);
+    }
+
+    /// Makes `seq` a text whose stored rows are still to be written; after an error it is what it was.
+    pub(crate) fn put_text(&mut self, seq: i64, tokens: &[u32], dropped: usize) -> Result<()> {
+        let seq = self.pool.check_seq(seq)?;
+        self.pool.restore(seq, tokens, dropped)?;
+        self.forget_logits(seq);
+        Ok(())
+    }
+
+    pub(crate) fn put_logits(&mut self, seq: i64, logits: &[f32]) -> Result<()> {
+        let seq = self.pool.check_seq(seq)?;
+        self.context.logits_mut(self.logits_row[seq]).copy_from_slice(logits);
+        self.has_logits[seq] = true;
+        Ok(())
     }
 
     /// Positions that a policy has dropped from `seq`.
@@ -548,8 +579,8 @@ impl Session {
         self.extend(1, &mut |_| Ok(BatchEntry { seq, tokens, logits: Logits::Nothing }), purpose, each_pass)
     }
 
-    /// The one way by which sequences grow. `each_pass` sees the context after a pass of a single entry: its first new position, and
-    /// how many positions have outputs.
+    /// The one way by which sequences grow. `each_pass` sees the context after a pass of a single entry: how many outputs came
+    /// before, and how many there are.
     fn extend<'a>(
         &mut self,
         n: usize,
@@ -690,7 +721,7 @@ impl Session {
                 }
             }
         }
-        let mut done = self.parts[0].task.start;
+        let mut done = 0;
         while self.parts.iter().any(|p| !p.task.is_done()) {
             self.plan.clear();
             self.plan.is_embedding = matches!(purpose, Purpose::Embed(_));

@@ -87,6 +87,19 @@ unsafe fn input<'a, T>(data: *const T, len: usize, name: &str) -> Result<&'a [T]
     Ok(unsafe { std::slice::from_raw_parts(data, len) })
 }
 
+/// A path given as a terminated string.
+///
+/// # Safety
+/// `path` is null or a terminated string.
+unsafe fn path_of<'a>(path: *const c_char) -> Result<&'a Path> {
+    if path.is_null() {
+        return Err(invalid!("path is null"));
+    }
+    // SAFETY: the caller's promise.
+    let path = unsafe { CStr::from_ptr(path) };
+    path.to_str().map(Path::new).map_err(|_| invalid!("path is not UTF-8"))
+}
+
 /// Copies `from` into the caller's buffer; a small one gets `BufferTooSmall` and the size in `*n`.
 ///
 /// # Safety
@@ -132,13 +145,8 @@ pub unsafe extern "C" fn phd_model_load(
     guard(error, || {
         // SAFETY: the C contract: `path` is null or a terminated string, `params` null or a struct of its own struct_size,
         // `out` null or a pointer's place.
-        let (path, params, out) = unsafe {
-            if path.is_null() {
-                return Err(invalid!("path is null"));
-            }
-            (CStr::from_ptr(path), params::read::<phd_model_params>(params)?, output(out, "out")?)
-        };
-        let path = path.to_str().map_err(|_| invalid!("path is not UTF-8"))?;
+        let (path, params, out) =
+            unsafe { (path_of(path)?, params::read::<phd_model_params>(params)?, output(out, "out")?) };
         let backend = match params.backend {
             0 => BackendKind::Auto,
             1 => BackendKind::Cpu,
@@ -163,7 +171,7 @@ pub unsafe extern "C" fn phd_model_load(
             rules,
             progress: progress.as_mut().map(|p| p as &mut dyn FnMut(f32) -> bool),
         };
-        let model = Model::load(Path::new(path), options)?;
+        let model = Model::load(path, options)?;
         out.write(Box::into_raw(Box::new(phd_model { model: Arc::new(model) })));
         Ok(())
     })

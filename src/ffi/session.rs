@@ -1,6 +1,6 @@
 //! Sessions and sequences.
 
-use std::ffi::c_void;
+use std::ffi::{c_char, c_void};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Instant;
@@ -9,7 +9,7 @@ use super::params::{
     self, PHD_ENTRY_LOGITS, PHD_ENTRY_LOGITS_ALL, phd_batch_entry, phd_memory, phd_seq_policy, phd_session_params,
     phd_stats, phd_usage,
 };
-use super::{borrow, copy_out, guard, input, output, phd_error, phd_model, phd_status};
+use super::{borrow, copy_out, guard, input, output, path_of, phd_error, phd_model, phd_status};
 use crate::error::{Error, Result, invalid};
 use crate::session::{BatchEntry, CacheType, CancelHandle, Logits, Policy, Pooling, Session, SessionOptions, WhenFull};
 use crate::stats::Stats;
@@ -338,17 +338,22 @@ pub unsafe extern "C" fn phd_embed(
     }
 }
 
+/// What all-zero bytes are a value of.
+trait Number: Copy {}
+impl Number for f32 {}
+impl Number for u8 {}
+
 /// The caller's buffer for `n` elements; a small one gets `BufferTooSmall` and the size in `count`.
 ///
 /// # Safety
 /// `data` is null or writable for `capacity` elements that nobody else uses.
-unsafe fn buffer<'a>(
-    data: *mut f32,
+unsafe fn buffer<'a, T: Number>(
+    data: *mut T,
     capacity: usize,
     n: usize,
     name: &str,
     count: &mut std::mem::MaybeUninit<usize>,
-) -> Result<&'a mut [f32]> {
+) -> Result<&'a mut [T]> {
     if data.is_null() && capacity > 0 {
         return Err(invalid!("{name} is null, but its capacity is {capacity}"));
     }
@@ -604,4 +609,63 @@ pub unsafe extern "C" fn phd_session_stats(
         // SAFETY: an out struct of its own struct_size, by the C contract.
         unsafe { params::write(value, out) }
     })
+}
+
+/// Writes `seq`, logits included, to `state`: for any session of the same model and cache type. A small buffer gets
+/// `PHD_ERROR_BUFFER_TOO_SMALL` and the size in `*n_bytes`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn phd_seq_save(
+    session: *const phd_session,
+    seq: i32,
+    state: *mut u8,
+    capacity: usize,
+    n_bytes: *mut usize,
+    error: *mut *mut phd_error,
+) -> phd_status {
+    // SAFETY: a live handle and a writable buffer, by the C contract.
+    unsafe {
+        with(session, error, |s| {
+            let count = output(n_bytes, "n_bytes")?;
+            let out = buffer(state, capacity, s.save_size(seq.into())?, "state", count)?;
+            s.save(seq.into(), out)
+        })
+    }
+}
+
+/// Makes `seq`, whatever it held, what phd_seq_save wrote. A state of another model or cache type, a damaged or a forged one gets
+/// `PHD_ERROR_INVALID_ARGUMENT`; after any failure the sequence is what it was.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn phd_seq_restore(
+    session: *mut phd_session,
+    seq: i32,
+    state: *const u8,
+    n_bytes: usize,
+    error: *mut *mut phd_error,
+) -> phd_status {
+    // SAFETY: a live handle and readable bytes, by the C contract.
+    unsafe { with(session, error, |s| s.restore(seq.into(), input(state, n_bytes, "state")?)) }
+}
+
+/// phd_seq_save to a file, written whole or not at all.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn phd_seq_save_file(
+    session: *const phd_session,
+    seq: i32,
+    path: *const c_char,
+    error: *mut *mut phd_error,
+) -> phd_status {
+    // SAFETY: a live handle and a terminated string, by the C contract.
+    unsafe { with(session, error, |s| s.save_file(seq.into(), path_of(path)?)) }
+}
+
+/// phd_seq_restore from a file; what is wrong with it is `PHD_ERROR_FORMAT`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn phd_seq_restore_file(
+    session: *mut phd_session,
+    seq: i32,
+    path: *const c_char,
+    error: *mut *mut phd_error,
+) -> phd_status {
+    // SAFETY: a live handle and a terminated string, by the C contract.
+    unsafe { with(session, error, |s| s.restore_file(seq.into(), path_of(path)?)) }
 }
