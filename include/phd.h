@@ -77,6 +77,60 @@ typedef enum phd_cache_type {
 } phd_cache_type;
 
 /*
+ What a stage of a sampler does; docs/sampling.md says more. The values are fields of phd_sampler_params.
+ */
+typedef enum phd_stage {
+  /*
+   repetition_penalty, frequency_penalty, presence_penalty, penalty_last_n
+   */
+  PHD_STAGE_PENALTIES = 0,
+  /*
+   dry_multiplier, dry_base, dry_allowed_length, dry_penalty_last_n
+   */
+  PHD_STAGE_DRY,
+  /*
+   top_n_sigma
+   */
+  PHD_STAGE_TOP_N_SIGMA,
+  /*
+   top_k
+   */
+  PHD_STAGE_TOP_K,
+  /*
+   typical_p, min_keep
+   */
+  PHD_STAGE_TYPICAL_P,
+  /*
+   top_p, min_keep
+   */
+  PHD_STAGE_TOP_P,
+  /*
+   min_p, min_keep
+   */
+  PHD_STAGE_MIN_P,
+  /*
+   xtc_probability, xtc_threshold, min_keep
+   */
+  PHD_STAGE_XTC,
+  /*
+   temperature, dynatemp_range, dynatemp_exponent
+   */
+  PHD_STAGE_TEMPERATURE,
+  /*
+   Takes the best token. Ends the chain, as the following do.
+   */
+  PHD_STAGE_GREEDY,
+  /*
+   Draws by probability; what a chain ends with if nothing else ends it.
+   */
+  PHD_STAGE_DRAW,
+  /*
+   mirostat_tau, mirostat_eta
+   */
+  PHD_STAGE_MIROSTAT_V2,
+} phd_stage;
+
+/*
  What went wrong: a status and a sentence. Freed by the caller.
  */
 typedef struct phd_error phd_error;
@@ -87,7 +141,8 @@ typedef struct phd_error phd_error;
 typedef struct phd_model phd_model;
 
 /*
- Turns logits into tokens, reproducibly. Used by one thread at a time; allocates nothing after its creation.
+ Turns logits into tokens, reproducibly: a chain of stages, in the order in which they were added. Used by one thread at
+ a time. Without a constraint, sampling allocates nothing.
  */
 typedef struct phd_sampler phd_sampler;
 
@@ -242,6 +297,47 @@ typedef struct phd_sampler_params {
    */
   uint32_t penalty_last_n;
   uint64_t seed;
+  /*
+   The temperature varies by this with the entropy; 0 = off.
+   */
+  float dynatemp_range;
+  float dynatemp_exponent;
+  /*
+   1 = off.
+   */
+  float typical_p;
+  /*
+   0 = off.
+   */
+  float top_n_sigma;
+  /*
+   0 = off.
+   */
+  float xtc_probability;
+  /*
+   Above 0.5 = off.
+   */
+  float xtc_threshold;
+  /*
+   0 = off.
+   */
+  float dry_multiplier;
+  float dry_base;
+  uint32_t dry_allowed_length;
+  /*
+   Recent tokens that DRY looks at; 0 = off.
+   */
+  uint32_t dry_penalty_last_n;
+  /*
+   2: the default chain is the temperature and Mirostat 2.0 alone. 0 = off.
+   */
+  uint32_t mirostat;
+  float mirostat_tau;
+  float mirostat_eta;
+  /*
+   Candidates that typical_p, top_p, min_p and XTC leave at least.
+   */
+  uint32_t min_keep;
 } phd_sampler_params;
 
 /*
@@ -419,7 +515,8 @@ void phd_seq_policy_init(struct phd_seq_policy *policy, size_t struct_size);
 void phd_sampler_params_init(struct phd_sampler_params *params, size_t struct_size);
 
 /*
- Creates a sampler for logits of `n_vocab`. `params` may be null. On failure `*out` is as it was.
+ Creates a sampler for logits of `n_vocab` with the default chain: penalties, DRY, top-n-sigma, top-k, typical-p, top-p,
+ min-p, XTC, temperature, draw. `params` may be null. On failure `*out` is as it was.
  */
 enum phd_status phd_sampler_create(const struct phd_sampler_params *params,
                                    size_t n_vocab,
@@ -427,7 +524,88 @@ enum phd_status phd_sampler_create(const struct phd_sampler_params *params,
                                    struct phd_error **error);
 
 /*
- Chooses a token from `n_vocab` logits, which are not changed. The choice is not remembered: see phd_sampler_accept.
+ Creates a sampler without stages, which draws from all tokens: see phd_sampler_add.
+ */
+enum phd_status phd_sampler_create_empty(size_t n_vocab,
+                                         uint64_t seed,
+                                         struct phd_sampler **out,
+                                         struct phd_error **error);
+
+/*
+ A sampler that continues from the same point, independently.
+ */
+enum phd_status phd_sampler_clone(const struct phd_sampler *sampler,
+                                  struct phd_sampler **out,
+                                  struct phd_error **error);
+
+/*
+ Appends a stage, a phd_stage, with its values from `params`, which may be null. After a failure the chain is as it was.
+ */
+enum phd_status phd_sampler_add(struct phd_sampler *sampler,
+                                uint32_t stage,
+                                const struct phd_sampler_params *params,
+                                struct phd_error **error);
+
+/*
+ Adds `biases` to the logits of `tokens` (`n` of each) before all stages, whenever it is called; -infinity forbids a
+ token. Biases of a token add up.
+ */
+enum phd_status phd_sampler_add_logit_bias(struct phd_sampler *sampler,
+                                           const int32_t *tokens,
+                                           const float *biases,
+                                           size_t n,
+                                           struct phd_error **error);
+
+/*
+ Adds a sequence of 1 to 21 tokens that DRY sees no repetition across.
+ */
+enum phd_status phd_sampler_add_dry_breaker(struct phd_sampler *sampler,
+                                            const int32_t *tokens,
+                                            size_t n,
+                                            struct phd_error **error);
+
+/*
+ The same for 1 to 40 bytes of UTF-8, in all the ways in which the model's tokens spell them. llama.cpp's default
+ breakers are "\n", ":", "\"" and "*".
+ */
+enum phd_status phd_sampler_add_dry_breaker_text(struct phd_sampler *sampler,
+                                                 const struct phd_model *model,
+                                                 const char *text,
+                                                 size_t len,
+                                                 struct phd_error **error);
+
+/*
+ Lets only JSON pass that is valid by a JSON schema, `len` bytes of UTF-8. Then only end tokens are left. The constraint
+ comes before all stages, whenever it is called; a sampler has one at most. Schemas with keywords that are not
+ implemented are refused with `PHD_ERROR_UNSUPPORTED`.
+ */
+enum phd_status phd_sampler_add_json_schema(struct phd_sampler *sampler,
+                                            const struct phd_model *model,
+                                            const char *schema,
+                                            size_t len,
+                                            struct phd_error **error);
+
+/*
+ The same for a regular expression that the whole text must match; syntax of Rust's regex crate.
+ */
+enum phd_status phd_sampler_add_regex(struct phd_sampler *sampler,
+                                      const struct phd_model *model,
+                                      const char *regex,
+                                      size_t len,
+                                      struct phd_error **error);
+
+/*
+ The same for a grammar in llguidance's variant of Lark's syntax.
+ */
+enum phd_status phd_sampler_add_grammar(struct phd_sampler *sampler,
+                                        const struct phd_model *model,
+                                        const char *grammar,
+                                        size_t len,
+                                        struct phd_error **error);
+
+/*
+ Chooses a token from `n_vocab` logits, which are not changed. NaN counts as -infinity, which is never chosen. The choice
+ is not remembered: see phd_sampler_accept.
  */
 enum phd_status phd_sampler_sample(struct phd_sampler *sampler,
                                    const float *logits,
@@ -436,12 +614,21 @@ enum phd_status phd_sampler_sample(struct phd_sampler *sampler,
                                    struct phd_error **error);
 
 /*
- Tells the penalties of a token that has become part of the text.
+ Tells the constraint, the penalties and DRY of a token that has become part of the text. One that the constraint does
+ not allow here is refused.
  */
 enum phd_status phd_sampler_accept(struct phd_sampler *sampler, int32_t token, struct phd_error **error);
 
 /*
- Back to the seed and an empty memory.
+ Tells the penalties and DRY, but not the constraint, of tokens that stand before the text: the prompt.
+ */
+enum phd_status phd_sampler_accept_prompt(struct phd_sampler *sampler,
+                                          const int32_t *tokens,
+                                          size_t n_tokens,
+                                          struct phd_error **error);
+
+/*
+ Back to the seed, the beginning of the constraint, and an empty memory.
  */
 enum phd_status phd_sampler_reset(struct phd_sampler *sampler, struct phd_error **error);
 
@@ -449,6 +636,27 @@ enum phd_status phd_sampler_reset(struct phd_sampler *sampler, struct phd_error 
  Frees a sampler; null is fine.
  */
 void phd_sampler_free(struct phd_sampler *sampler);
+
+/*
+ Natural log-probabilities of `n_tokens` tokens by `n_vocab` logits, into `logprobs` (`n_tokens`). Sums are in f64.
+ */
+enum phd_status phd_logprobs(const float *logits,
+                             size_t n_vocab,
+                             const int32_t *tokens,
+                             size_t n_tokens,
+                             float *logprobs,
+                             struct phd_error **error);
+
+/*
+ The `n` most probable tokens by `n_vocab` logits, best first, and their natural log-probabilities: `n` of each are
+ written.
+ */
+enum phd_status phd_top_logprobs(const float *logits,
+                                 size_t n_vocab,
+                                 size_t n,
+                                 int32_t *tokens,
+                                 float *logprobs,
+                                 struct phd_error **error);
 
 /*
  Creates a session, with everything it will ever need. `params` may be null. On failure `*out` is as it was.

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use serde_json::Value as Json;
 use xxhash_rust::xxh3::{Xxh3, xxh3_128};
@@ -11,6 +11,7 @@ use crate::backend::{self, Backend};
 use crate::checkpoint::gguf::Metadata;
 use crate::checkpoint::{Checkpoint, Description, OpenOptions, TensorView};
 use crate::error::{Error, Result, invalid, unsupported};
+use crate::sampling::constraint::TokenEnvironment;
 use crate::schedule::{Attention, Rules};
 use crate::tensor::{DType, dequantize_row};
 use crate::tokenizer::{GgufVocab, Tokenizer};
@@ -150,6 +151,7 @@ pub struct Model {
     pub(crate) hyper: Arc<Hyper>,
     pub(crate) backend: Arc<dyn Backend>,
     tokenizer: Option<Arc<Tokenizer>>,
+    token_environment: Arc<OnceLock<Arc<TokenEnvironment>>>,
     desc: Desc,
     weights_hash: u128,
 }
@@ -181,7 +183,8 @@ impl Model {
         let weights_hash = hash_weights(&checkpoint);
         let backend = backend::prepare(hyper.clone(), weights, options.backend, &mut |f| report(0.3 + 0.7 * f))?;
         report(1.0)?;
-        Ok(Model { hyper, backend, tokenizer: tokenizer.map(Arc::new), desc, weights_hash })
+        let token_environment = Arc::default();
+        Ok(Model { hyper, backend, tokenizer: tokenizer.map(Arc::new), token_environment, desc, weights_hash })
     }
 
     /// The same weights, shared, run with other (copies, window, chunk): see [`LoadOptions::rules`].
@@ -194,6 +197,7 @@ impl Model {
             hyper: Arc::new(Hyper { rules, ..(*self.hyper).clone() }),
             backend: self.backend.clone(),
             tokenizer: self.tokenizer.clone(),
+            token_environment: self.token_environment.clone(),
             desc: Desc { rules, ..self.desc.clone() },
             weights_hash: self.weights_hash,
         })
@@ -217,6 +221,20 @@ impl Model {
     /// `None` if the checkpoint has none: token ids only.
     pub fn tokenizer(&self) -> Option<&Tokenizer> {
         self.tokenizer.as_deref()
+    }
+
+    /// What constraints of the output need of the vocabulary; made by the first call, which takes a moment.
+    ///
+    /// # Errors
+    /// `Unsupported` if there is no tokenizer, or none of its tokens ends a text.
+    pub fn token_environment(&self) -> Result<Arc<TokenEnvironment>> {
+        if let Some(made) = self.token_environment.get() {
+            return Ok(made.clone());
+        }
+        let tokenizer =
+            self.tokenizer().ok_or_else(|| unsupported!("the checkpoint has no tokenizer: token ids only"))?;
+        let made = Arc::new(TokenEnvironment::new(tokenizer)?);
+        Ok(self.token_environment.get_or_init(|| made).clone())
     }
 
     /// What computes: the backend and its variant.

@@ -8,6 +8,7 @@ use crate::backend::{Context, ContextOptions};
 use crate::cache::{Layout, Middle, Pool, Reservation, Source};
 use crate::error::{Error, Result, invalid};
 use crate::model::Model;
+use crate::sampling::log_probability;
 use crate::schedule::{Plan, Pruning, Ring, Sequences, Task, Wanted};
 use crate::stats::Stats;
 
@@ -790,13 +791,6 @@ fn check_tokens(tokens: &[i32], n_vocab: usize) -> Result<(), (usize, i32)> {
 /// Takes back the requests to cancel any of `parts`; whether there were any.
 fn use_up(flags: &[AtomicBool], parts: &[Part]) -> bool {
     parts.iter().filter(|p| flags[p.task.seq].swap(false, Ordering::AcqRel)).count() > 0
-}
-
-/// `ln softmax(logits)[token]`, summed in f64.
-fn log_probability(logits: &[f32], token: usize) -> f32 {
-    let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let sum: f64 = logits.iter().map(|&l| f64::from(l - max).exp()).sum();
-    (f64::from(logits[token] - max) - sum.ln()) as f32
 }
 
 /// One thread for each physical core that affinity and the container's CPU quota leave to this process.

@@ -29,6 +29,35 @@ fn run_streams_the_reference_s_text() {
 }
 
 #[test]
+fn run_follows_a_schema_and_other_stages() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = |name: &str, text: &str| {
+        let path = folder.path().join(name);
+        std::fs::write(&path, text).unwrap();
+        path.to_str().unwrap().to_owned()
+    };
+    let schema =
+        file("schema.json", r#"{"type": "array", "items": {"type": "integer"}, "minItems": 2, "maxItems": 4}"#);
+    let text =
+        stdout(&["run", "MODEL", "-p", "Numbers: ", "--schema", &schema, "--seed", "5", "--dry-multiplier", "0.8"]);
+    let numbers: Vec<f64> = serde_json::from_str(text.strip_prefix("Numbers: ").unwrap()).unwrap();
+    assert!((2..=4).contains(&numbers.len()), "{text}");
+    let grammar = file("grammar.lark", "start: /[a-c]{5}/");
+    let text = stdout(&["run", "MODEL", "-p", "x", "--grammar", &grammar, "--samplers", "xtc;top_k;temperature"]);
+    let word = text.trim_end().strip_prefix('x').unwrap();
+    assert!(word.len() == 5 && word.bytes().all(|b| (b'a'..=b'c').contains(&b)), "{text}");
+    let bad = file("bad.json", r#"{"uniqueItems": true}"#);
+    let output = phd(&["run", "MODEL", "-p", "x", "--schema", &bad]);
+    let message = String::from_utf8_lossy(&output.stderr);
+    assert!(
+        output.status.code() == Some(1) && message.contains("uniqueItems") && message.contains("bad.json"),
+        "{message}"
+    );
+    let output = phd(&["run", "MODEL", "-p", "x", "--samplers", "top_k;top_q"]);
+    assert!(String::from_utf8_lossy(&output.stderr).contains("top_q"));
+}
+
+#[test]
 fn score_tells_k_2_from_k_1() {
     let file = common::demo_model().join("held_out.txt");
     let score = |more: &[&str]| -> f64 {

@@ -13,7 +13,7 @@ pub const PHD_TOKENIZE_ADD_SPECIAL: u32 = 1;
 /// Flags of phd_tokenize: take the spelling of a special token in the text for that token.
 pub const PHD_TOKENIZE_PARSE_SPECIAL: u32 = 2;
 
-fn tokenizer(model: &Model) -> Result<&Tokenizer> {
+pub(super) fn tokenizer(model: &Model) -> Result<&Tokenizer> {
     model.tokenizer().ok_or_else(|| unsupported!("the checkpoint has no tokenizer: token ids only"))
 }
 

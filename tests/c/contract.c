@@ -263,11 +263,20 @@ static void text(const char *demo) {
   phd_model_free(model);
 }
 
-static void samplers(void) {
-  phd_sampler *sampler = NULL;
+static void samplers(const char *text_model) {
+  phd_model *model = NULL;
+  phd_sampler *sampler = NULL, *fork = NULL;
   phd_sampler_params params;
+  phd_model_desc desc;
   const float logits[4] = {0.0f, 3.0f, 1.0f, -2.0f};
-  int32_t token = -1;
+  const int32_t two[2] = {1, 9};
+  const float biases[2] = {-INFINITY, 0.0f};
+  const char schema[] = "{\"type\": \"boolean\"}", ignored[] = "{\"uniqueItems\": true}";
+  char text[64];
+  float *row, logprobs[5];
+  int32_t token = -1, tokens[5];
+  size_t length, total = 0;
+  int i;
   phd_sampler_params_init(&params, sizeof params);
   params.top_p = -1.0f;
   INVALID("top_p", phd_sampler_create(&params, 4, &sampler, &error));
@@ -280,8 +289,71 @@ static void samplers(void) {
   INVALID("logits", phd_sampler_sample(sampler, NULL, 4, &token, &error));
   INVALID("9", phd_sampler_accept(sampler, 9, &error));
   OK(phd_sampler_accept(sampler, 1, &error));
+  INVALID("9", phd_sampler_accept_prompt(sampler, two, 2, &error));
+  OK(phd_sampler_accept_prompt(sampler, two, 1, &error));
+  INVALID("9", phd_sampler_add_logit_bias(sampler, two, biases, 2, &error));
+  OK(phd_sampler_sample(sampler, logits, 4, &token, &error));
+  CHECK(token == 1);
+  OK(phd_sampler_add_logit_bias(sampler, two, biases, 1, &error));
+  OK(phd_sampler_sample(sampler, logits, 4, &token, &error));
+  CHECK(token == 2);
   OK(phd_sampler_reset(sampler, &error));
   phd_sampler_free(sampler);
+
+  /* A chain of one's own. */
+  OK(phd_sampler_create_empty(4, 7, &sampler, &error));
+  params.top_k = 2;
+  OK(phd_sampler_add(sampler, PHD_STAGE_TOP_K, &params, &error));
+  INVALID("99", phd_sampler_add(sampler, 99, &params, &error));
+  OK(phd_sampler_add(sampler, PHD_STAGE_GREEDY, NULL, &error));
+  INVALID("Greedy", phd_sampler_add(sampler, PHD_STAGE_DRAW, NULL, &error));
+  OK(phd_sampler_add_dry_breaker(sampler, two, 1, &error));
+  INVALID("no tokens", phd_sampler_add_dry_breaker(sampler, two, 0, &error));
+  OK(phd_sampler_sample(sampler, logits, 4, &token, &error));
+  CHECK(token == 1);
+  phd_sampler_free(sampler);
+
+  /* Log-probabilities: of 4 logits, ln(e^3 / (1 + e^3 + e + e^-2)). */
+  OK(phd_top_logprobs(logits, 4, 2, tokens, logprobs, &error));
+  CHECK(tokens[0] == 1 && tokens[1] == 2);
+  CHECK(fabsf(logprobs[0] + 0.1755f) < 1e-3f && fabsf(logprobs[0] - logprobs[1] - 2.0f) < 1e-6f);
+  OK(phd_logprobs(logits, 4, tokens + 1, 1, logprobs, &error));
+  CHECK(logprobs[0] == logprobs[1]);
+  INVALID("9", phd_logprobs(logits, 4, two, 2, logprobs, &error));
+  INVALID("logprobs", phd_logprobs(logits, 4, two, 1, NULL, &error));
+  INVALID("n is 5", phd_top_logprobs(logits, 4, 5, tokens, logprobs, &error));
+
+  /* A constraint. */
+  OK(phd_model_load(text_model, NULL, &model, &error));
+  desc.struct_size = sizeof desc;
+  OK(phd_model_info(model, &desc, &error));
+  row = (float *)calloc(desc.n_vocab, sizeof *row);
+  CHECK(row != NULL);
+  OK(phd_sampler_create(NULL, desc.n_vocab, &sampler, &error));
+  EXPECT(PHD_ERROR_UNSUPPORTED, "uniqueItems",
+         phd_sampler_add_json_schema(sampler, model, ignored, strlen(ignored), &error));
+  INVALID("model", phd_sampler_add_json_schema(sampler, NULL, schema, strlen(schema), &error));
+  INVALID("schema", phd_sampler_add_json_schema(sampler, model, NULL, 5, &error));
+  INVALID("UTF-8", phd_sampler_add_grammar(sampler, model, "\xff", 1, &error));
+  INVALID("regular", phd_sampler_add_regex(sampler, model, "(", 1, &error));
+  OK(phd_sampler_add_json_schema(sampler, model, schema, strlen(schema), &error));
+  INVALID("constraint", phd_sampler_add_regex(sampler, model, "a", 1, &error));
+  OK(phd_sampler_add_dry_breaker_text(sampler, model, "\n", 1, &error));
+  OK(phd_sampler_clone(sampler, &fork, &error));
+  phd_sampler_free(sampler);
+  for (i = 0; i < 10; i++) {
+    bool is_end = false;
+    OK(phd_sampler_sample(fork, row, desc.n_vocab, &token, &error));
+    OK(phd_sampler_accept(fork, token, &error));
+    OK(phd_token_is_end(model, token, &is_end, &error));
+    if (is_end) break;
+    OK(phd_detokenize(model, &token, 1, text + total, sizeof text - total, &length, &error));
+    total += length;
+  }
+  CHECK((total == 4 && memcmp(text, "true", 4) == 0) || (total == 5 && memcmp(text, "false", 5) == 0));
+  free(row);
+  phd_sampler_free(fork);
+  phd_model_free(model);
 }
 
 int main(int argc, char **argv) {
@@ -298,7 +370,7 @@ int main(int argc, char **argv) {
   models(argv[1], argv[3]);
   sessions(argv[1]);
   text(argv[2]);
-  samplers();
+  samplers(argv[2]);
   if (failures == 0) puts("contract holds");
   return failures != 0;
 }

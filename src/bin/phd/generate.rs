@@ -1,10 +1,14 @@
 //! `phd run` and `phd chat`.
 
 use std::io::{BufRead, Read, Write};
+use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Instant;
 
 use clap::Args;
-use phd::sampling::{Sampler, SamplerParams};
+use phd::model::Model;
+use phd::sampling::constraint::{Constraint, TokenEnvironment};
+use phd::sampling::{Sampler, SamplerParams, StageKind};
 use phd::session::Session;
 use phd::tokenizer::chat::ChatTemplate;
 use phd::tokenizer::{StreamDecoder, Tokenizer};
@@ -17,6 +21,11 @@ struct Sampling {
     /// Temperature; 0 = greedy
     #[arg(long, default_value_t = 0.8)]
     temp: f32,
+    /// Let the temperature vary by this with the entropy; 0 = off
+    #[arg(long, default_value_t = 0.0)]
+    dynatemp_range: f32,
+    #[arg(long, default_value_t = 1.0)]
+    dynatemp_exp: f32,
     /// Keep the K likeliest tokens; 0 = all
     #[arg(long, default_value_t = 40)]
     top_k: u32,
@@ -26,30 +35,101 @@ struct Sampling {
     /// Keep tokens of at least this share of the likeliest one's probability; 0 = all
     #[arg(long, default_value_t = 0.05)]
     min_p: f32,
+    /// Keep the most typical tokens that make up this probability; 1 = all
+    #[arg(long, default_value_t = 1.0)]
+    typical: f32,
+    /// Keep logits at most this many standard deviations below the best; 0 = all
+    #[arg(long, default_value_t = 0.0)]
+    top_n_sigma: f32,
+    /// How often XTC drops the likeliest tokens; 0 = never
+    #[arg(long, default_value_t = 0.0)]
+    xtc_probability: f32,
+    #[arg(long, default_value_t = 0.1)]
+    xtc_threshold: f32,
     /// Divide what was said before; 1 = off
     #[arg(long, default_value_t = 1.0)]
     repeat_penalty: f32,
+    #[arg(long, default_value_t = 0.0)]
+    presence_penalty: f32,
+    #[arg(long, default_value_t = 0.0)]
+    frequency_penalty: f32,
     /// Recent tokens that penalties look at
     #[arg(long, default_value_t = 64)]
     repeat_last_n: u32,
+    /// Strength of DRY, which penalizes repeated passages; 0 = off
+    #[arg(long, default_value_t = 0.0)]
+    dry_multiplier: f32,
+    #[arg(long, default_value_t = 1.75)]
+    dry_base: f32,
+    #[arg(long, default_value_t = 2)]
+    dry_allowed_length: u32,
+    #[arg(long, default_value_t = 4096)]
+    dry_penalty_last_n: u32,
+    /// What DRY sees no repetition across; repeat it for several
+    #[arg(long, default_values_t = ["\n", ":", "\"", "*"].map(str::to_owned))]
+    dry_sequence_breaker: Vec<String>,
+    /// 2 = Mirostat 2.0 instead of the other stages but the temperature
+    #[arg(long, default_value_t = 0)]
+    mirostat: u32,
+    #[arg(long, default_value_t = 5.0)]
+    mirostat_ent: f32,
+    #[arg(long, default_value_t = 0.1)]
+    mirostat_lr: f32,
+    /// Stages in another order, such as "top_k;temperature"
+    #[arg(long)]
+    samplers: Option<String>,
     /// Equal seeds give equal texts
     #[arg(long, default_value_t = 0)]
     seed: u64,
 }
 
 impl Sampling {
-    fn sampler(&self, n_vocab: usize) -> Result<Sampler, Failure> {
+    fn sampler(&self, model: &Model, tokenizer: &Tokenizer) -> Result<Sampler, Failure> {
         let params = SamplerParams {
             temperature: self.temp,
+            dynatemp_range: self.dynatemp_range,
+            dynatemp_exponent: self.dynatemp_exp,
             top_k: self.top_k,
             top_p: self.top_p,
             min_p: self.min_p,
+            typical_p: self.typical,
+            top_n_sigma: self.top_n_sigma,
+            xtc_probability: self.xtc_probability,
+            xtc_threshold: self.xtc_threshold,
             repetition_penalty: self.repeat_penalty,
+            presence_penalty: self.presence_penalty,
+            frequency_penalty: self.frequency_penalty,
             penalty_last_n: self.repeat_last_n,
+            dry_multiplier: self.dry_multiplier,
+            dry_base: self.dry_base,
+            dry_allowed_length: self.dry_allowed_length,
+            dry_penalty_last_n: self.dry_penalty_last_n,
+            mirostat: self.mirostat,
+            mirostat_tau: self.mirostat_ent,
+            mirostat_eta: self.mirostat_lr,
+            min_keep: 0,
             seed: self.seed,
-            ..Default::default()
         };
-        Ok(Sampler::new(params, n_vocab)?)
+        let n_vocab = model.desc().n_vocab;
+        let mut sampler = match &self.samplers {
+            None => Sampler::new(params, n_vocab)?,
+            Some(order) => {
+                let mut sampler = Sampler::empty(n_vocab, self.seed)?;
+                for name in order.split(';').filter(|name| !name.is_empty()) {
+                    let kind = StageKind::from_name(name).ok_or_else(|| {
+                        format!("--samplers: {name:?}, expected of {}", StageKind::ALL.map(StageKind::name).join(";"))
+                    })?;
+                    sampler.push(params.stage(kind))?;
+                }
+                sampler
+            }
+        };
+        if self.dry_multiplier > 0.0 {
+            for text in &self.dry_sequence_breaker {
+                sampler.add_dry_breaker_text(text, tokenizer)?;
+            }
+        }
+        Ok(sampler)
     }
 }
 
@@ -63,11 +143,29 @@ pub struct Run {
     /// Tokens to generate at most
     #[arg(short, long, default_value_t = 128)]
     n_predict: usize,
+    /// Write JSON that is valid by the JSON schema in this file
+    #[arg(long, value_name = "FILE", group = "constraint")]
+    schema: Option<PathBuf>,
+    /// Write text of the grammar in this file, in llguidance's variant of Lark
+    #[arg(long, value_name = "FILE", group = "constraint")]
+    grammar: Option<PathBuf>,
     #[command(flatten)]
     sampling: Sampling,
 }
 
 impl Run {
+    fn constraint(&self, model: &Model) -> Result<Option<Constraint>, Failure> {
+        type Make = fn(&Arc<TokenEnvironment>, &str) -> phd::Result<Constraint>;
+        let (path, make): (_, Make) = match (&self.schema, &self.grammar) {
+            (Some(path), _) => (path, Constraint::json_schema),
+            (None, Some(path)) => (path, Constraint::grammar),
+            (None, None) => return Ok(None),
+        };
+        let text = std::fs::read_to_string(path).map_err(|e| format!("{}: {e}", path.display()))?;
+        let made = make(&model.token_environment()?, &text);
+        Ok(Some(made.map_err(|e| format!("{}: {e}", path.display()))?))
+    }
+
     pub fn execute(&self) -> Result<(), Failure> {
         let mut prompt = self.prompt.clone();
         if prompt == "-" {
@@ -81,14 +179,17 @@ impl Run {
             return Err("the prompt has no tokens".into());
         }
         let mut session = self.common.session(&model, self.common.n_positions)?;
-        let mut sampler = self.sampling.sampler(model.desc().n_vocab)?;
+        let mut sampler = self.sampling.sampler(&model, tokenizer)?;
+        if let Some(constraint) = self.constraint(&model)? {
+            sampler.set_constraint(constraint)?;
+        }
         let mut out = std::io::stdout().lock();
         write!(out, "{prompt}")?;
         out.flush()?;
         let begin = Instant::now();
         prefill(&mut session, &tokens)?;
         let prefill_seconds = begin.elapsed().as_secs_f64();
-        tokens.iter().for_each(|&t| sampler.accept(t as u32));
+        tokens.iter().for_each(|&t| sampler.accept_prompt(t as u32));
         let begin = Instant::now();
         let reply = generate(&mut session, &mut sampler, tokenizer, self.n_predict, &mut out)?;
         let step_seconds = begin.elapsed().as_secs_f64();
@@ -135,7 +236,7 @@ fn generate(
         if tokenizer.is_end_of_generation(token) {
             break;
         }
-        sampler.accept(token);
+        sampler.accept(token)?;
         reply.push(token as i32);
         text.clear();
         decoder.push(tokenizer, token, &mut text)?;
@@ -182,7 +283,7 @@ impl Chat {
         };
         let (bos, eos) = (spelling(tokenizer.bos())?, spelling(tokenizer.eos())?);
         let mut session = self.common.session(&model, self.common.n_positions)?;
-        let mut sampler = self.sampling.sampler(model.desc().n_vocab)?;
+        let mut sampler = self.sampling.sampler(&model, tokenizer)?;
         let mut messages: Vec<_> = self.system.iter().map(|s| json!({"role": "system", "content": s})).collect();
         // What the session holds: each turn prefills only what is new.
         let mut held: Vec<i32> = Vec::new();
