@@ -183,6 +183,15 @@ impl Model {
         let weights_hash = hash_weights(&checkpoint);
         let backend = backend::prepare(hyper.clone(), weights, options.backend, &mut |f| report(0.3 + 0.7 * f))?;
         report(1.0)?;
+        log::info!(
+            "{}: {}, {} layers of {}, {} copies, on {}",
+            path.display(),
+            hyper.family,
+            hyper.n_layers,
+            hyper.n_embd,
+            hyper.rules.copies,
+            backend.name()
+        );
         let token_environment = Arc::default();
         Ok(Model { hyper, backend, tokenizer: tokenizer.map(Arc::new), token_environment, desc, weights_hash })
     }

@@ -212,6 +212,13 @@ impl Session {
             n_embeddings: SCORE_ROWS,
         };
         let context = model.backend.clone().context(&context_options)?;
+        log::info!(
+            "a session of {} positions in blocks of {} for {n_sequences} sequences, {:?} cache, {n_threads} threads",
+            layout.n_positions,
+            layout.block,
+            options.cache_type,
+            n_sequences = layout.n_sequences,
+        );
         Ok(Session {
             // Sequences may share all their blocks.
             plan: Plan::with_capacity(
@@ -623,10 +630,15 @@ impl Session {
                     }
                 }
                 self.stats.count_failure(error);
+                log::debug!("a call of {n} entries: {error}");
             }
         }
         self.stats.count_call(is_step, begin.elapsed());
-        self.stats.set_evicted(self.pool.n_evicted());
+        let evicted = self.pool.n_evicted();
+        let more = evicted - self.stats.set_evicted(evicted);
+        if more > 0 {
+            log::debug!("retained texts gave up {more} positions");
+        }
         result
     }
 
@@ -681,6 +693,9 @@ impl Session {
             let (reservation, copy) = self.pool.reserve(seq, &self.tokens, dropped, &mut spare)?;
             if let Some(copy) = copy {
                 self.context.copy_block(copy);
+            }
+            if let Some(Middle { keep, n }) = dropped {
+                log::debug!("sequence {seq} is full: drops {n} positions after the first {keep}");
             }
             let start = self.pool.len(seq);
             let wanted = match (purpose, logits) {

@@ -96,8 +96,9 @@ impl Stats {
         add(&self.prefix_tokens, n as u64);
     }
 
-    pub(crate) fn set_evicted(&self, n: u64) {
-        self.evicted.store(n, Relaxed);
+    /// Returns what it was.
+    pub(crate) fn set_evicted(&self, n: u64) -> u64 {
+        self.evicted.swap(n, Relaxed)
     }
 
     pub fn snapshot(&self) -> Snapshot {
