@@ -601,7 +601,7 @@ impl Sampler {
                         candidates.exclude_top(threshold.into(), min_keep as usize);
                     }
                 }
-                Stage::Temperature { temperature, range, .. } if range == 0.0 => candidates.heat(temperature.into()),
+                Stage::Temperature { temperature, range: 0.0, .. } => candidates.heat(temperature.into()),
                 Stage::Temperature { temperature, range, exponent } => {
                     let [temperature, range] = [temperature, range].map(f64::from);
                     candidates.heat_by_entropy((temperature - range).max(0.0), temperature + range, exponent.into());

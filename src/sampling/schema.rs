@@ -50,7 +50,7 @@ pub fn prepare(schema: Json) -> Result<Json> {
         _ => return Err(invalid!("the schema is not an object, expected one")),
     };
     Checker { root: &schema, refs: HashSet::new() }.check()?;
-    spell_out_dates(&mut schema);
+    spell_out_formats(&mut schema);
     let options = JsonCompileOptions {
         // Without \u escapes a string has one spelling. With them a key could be spelt so as to slip past the schema of
         // the property that it names.
@@ -69,18 +69,21 @@ const DATE: &str = "(?:[0-9]{4}-(?:(?:0[13578]|1[02])-(?:0[1-9]|[12][0-9]|3[01])
 const TIME: &str =
     "(?:[01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](?:\\.[0-9]{1,9})?(?:Z|[+-](?:[01][0-9]|2[0-3]):[0-5][0-9])";
 
-/// Replaces formats of dates and times with patterns that are more exact than the compiler's.
-fn spell_out_dates(schema: &mut Json) {
+/// Short enough for RFC 5321, which allows 64 characters before the @ and 63 in a label.
+const MAX_EMAIL: u64 = 60;
+
+/// Replaces formats of dates and times with patterns that are more exact than the compiler's, and bounds mail addresses.
+fn spell_out_formats(schema: &mut Json) {
     let Json::Object(map) = schema else { return };
     for (keyword, value) in map.iter_mut() {
         match (keyword.as_str(), value) {
             ("properties" | "patternProperties" | "$defs" | "definitions", Json::Object(schemas)) => {
-                schemas.values_mut().for_each(spell_out_dates);
+                schemas.values_mut().for_each(spell_out_formats);
             }
             ("prefixItems" | "items" | "allOf" | "anyOf" | "oneOf", Json::Array(schemas)) => {
-                schemas.iter_mut().for_each(spell_out_dates);
+                schemas.iter_mut().for_each(spell_out_formats);
             }
-            ("items" | "additionalItems" | "additionalProperties", schema) => spell_out_dates(schema),
+            ("items" | "additionalItems" | "additionalProperties", schema) => spell_out_formats(schema),
             _ => {}
         }
     }
@@ -88,6 +91,13 @@ fn spell_out_dates(schema: &mut Json) {
         Some("date") => format!("^{DATE}$"),
         Some("time") => format!("^{TIME}$"),
         Some("date-time") => format!("^{DATE}T{TIME}$"),
+        Some("email") => {
+            let length = map.entry("maxLength").or_insert(MAX_EMAIL.into());
+            if length.as_u64().is_some_and(|n| n > MAX_EMAIL) {
+                *length = MAX_EMAIL.into();
+            }
+            return;
+        }
         _ => return,
     };
     if let Json::Array(all) = map.entry("allOf").or_insert_with(|| Json::Array(Vec::new())) {
