@@ -6,6 +6,7 @@
 // C names are C's own.
 #![allow(non_camel_case_types, clippy::missing_safety_doc)]
 
+mod convert;
 mod params;
 mod sampler;
 mod session;
@@ -18,6 +19,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::Once;
 
+pub use convert::*;
 pub use params::*;
 pub use sampler::*;
 pub use session::*;
