@@ -374,11 +374,21 @@ fn sentencepiece(json: &mut Json) {
     });
 }
 
+fn with_sentencepiece(change: impl Fn(&mut Json)) -> TempDir {
+    let source = with_tokenizer(|json| {
+        sentencepiece(json);
+        change(json);
+    });
+    let config = json!({
+        "bos_token": "<s>", "eos_token": {"content": "</s>"}, "unk_token": "<unk>", "chat_template": "{{ bos_token }}",
+    });
+    std::fs::write(source.path().join("tokenizer_config.json"), config.to_string()).unwrap();
+    source
+}
+
 #[test]
 fn sentencepiece_descriptions_become_scores() {
-    let source = with_tokenizer(sentencepiece);
-    let config = json!({"bos_token": "<s>", "eos_token": {"content": "</s>"}, "unk_token": "<unk>", "chat_template": "{{ bos_token }}"});
-    std::fs::write(source.path().join("tokenizer_config.json"), config.to_string()).unwrap();
+    let source = with_sentencepiece(|_| {});
     let out = source.path().join("model.gguf");
     to_gguf(source.path(), &out, None);
     let m = metadata(&out);
@@ -390,6 +400,24 @@ fn sentencepiece_descriptions_become_scores() {
     let kinds = m.i32s("tokenizer.ggml.token_type").unwrap().unwrap();
     assert_eq!((kinds[0], kinds[1], kinds[300], kinds[2046]), (2, 6, 1, 3));
     same_ids(source.path(), &out, "sentencepiece");
+}
+
+#[test]
+fn metaspace_is_sentencepiece_but_for_texts_that_begin_with_a_space() {
+    let source = with_sentencepiece(|json| {
+        json["normalizer"] = Json::Null;
+        json["pre_tokenizer"] =
+            json!({"type": "Metaspace", "replacement": "\u{2581}", "prepend_scheme": "first", "split": false});
+    });
+    let out = source.path().join("model.gguf");
+    to_gguf(source.path(), &out, None);
+    assert_eq!(metadata(&out).bool("tokenizer.ggml.add_space_prefix").unwrap(), Some(true));
+    let (a, b) = (load(source.path(), None, BackendKind::Cpu), load(&out, None, BackendKind::Cpu));
+    let ids = |model: &Model, text: &str| model.tokenizer().unwrap().encode(text.as_bytes(), false, false).unwrap();
+    for text in TEXTS.iter().filter(|t| !t.starts_with(' ')) {
+        assert_eq!(ids(&a, text), ids(&b, text), "{text:?}");
+    }
+    assert_eq!(ids(&a, " In").len() + 1, ids(&b, " In").len());
 }
 
 #[test]

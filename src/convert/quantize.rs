@@ -111,7 +111,12 @@ impl Converter {
             for piece in pieces {
                 writer.write(&piece.bytes)?;
             }
-            row = ranges.last().map_or(n_rows, |r| r.end);
+            let end = ranges.last().map_or(n_rows, |r| r.end);
+            if let Source::Stored(view) = &tensor.source {
+                let row_bytes = view.data.len() / n_rows;
+                view.data.give_back(row * row_bytes..end * row_bytes);
+            }
+            row = end;
             report(row * width)?;
         }
         Ok(())
