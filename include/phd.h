@@ -15,6 +15,16 @@
 #include <stdint.h>
 
 /*
+ Weights that are quantized already may be quantized once more.
+ */
+#define PHD_CONVERT_REQUANTIZE 1
+
+/*
+ No finer type for the output layer.
+ */
+#define PHD_CONVERT_PURE 2
+
+/*
  Leave the logits of the entry's last position.
  */
 #define PHD_ENTRY_LOGITS 1
@@ -131,6 +141,25 @@ typedef enum phd_stage {
 } phd_stage;
 
 /*
+ Type of a file's weights. Values never change meaning; new ones are added at the end.
+ */
+typedef enum phd_weight_type {
+  /*
+   As they are; for phd_convert.
+   */
+  PHD_WEIGHT_AUTO = 0,
+  PHD_WEIGHT_F32,
+  PHD_WEIGHT_F16,
+  PHD_WEIGHT_BF16,
+  PHD_WEIGHT_Q4_0,
+  PHD_WEIGHT_Q4_1,
+  PHD_WEIGHT_Q8_0,
+  PHD_WEIGHT_Q4_K,
+  PHD_WEIGHT_Q5_K,
+  PHD_WEIGHT_Q6_K,
+} phd_weight_type;
+
+/*
  What went wrong: a status and a sentence. Freed by the caller.
  */
 typedef struct phd_error phd_error;
@@ -204,6 +233,35 @@ typedef struct phd_model_desc {
    */
   uint32_t chunk;
 } phd_model_desc;
+
+typedef struct phd_convert_params {
+  size_t struct_size;
+  /*
+   A phd_weight_type.
+   */
+  uint32_t weight_type;
+  /*
+   PHD_CONVERT_REQUANTIZE, PHD_CONVERT_PURE.
+   */
+  uint32_t flags;
+  /*
+   0 = one per physical core.
+   */
+  uint32_t n_threads;
+  /*
+   Read the input whole instead of mapping it. A mapped file must not be truncated meanwhile.
+   */
+  uint32_t no_mmap;
+  /*
+   `tokenizer.ggml.pre` instead of what the folder's tokenizer.json says; null: that. For phd_convert.
+   */
+  const char *pre;
+  /*
+   May be null. Returning false cancels.
+   */
+  phd_progress progress;
+  void *progress_user;
+} phd_convert_params;
 
 typedef struct phd_session_params {
   size_t struct_size;
@@ -493,6 +551,29 @@ void phd_model_free(struct phd_model *model);
  Describes a model. The caller sets `out->struct_size`; no more than that is written.
  */
 enum phd_status phd_model_info(const struct phd_model *model, struct phd_model_desc *out, struct phd_error **error);
+
+/*
+ Writes the defaults into `params`; `struct_size` is `sizeof(phd_convert_params)`.
+ */
+void phd_convert_params_init(struct phd_convert_params *params, size_t struct_size);
+
+/*
+ Converts a Hub folder to the GGUF file `out`, which llama.cpp reads as the vanilla base. `params` may be null. The file is
+ written whole or not at all: after a failure or a cancel `out` is what it was.
+ */
+enum phd_status phd_convert(const char *folder,
+                            const char *out,
+                            const struct phd_convert_params *params,
+                            struct phd_error **error);
+
+/*
+ Converts the weights of the GGUF file `input` to `params->weight_type` and keeps everything else. Written whole or not at
+ all, as by phd_convert.
+ */
+enum phd_status phd_quantize(const char *input,
+                             const char *out,
+                             const struct phd_convert_params *params,
+                             struct phd_error **error);
 
 /*
  Writes the defaults into `params`; `struct_size` is `sizeof(phd_model_params)`.

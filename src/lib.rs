@@ -7,6 +7,7 @@
 pub mod backend;
 pub mod cache;
 pub mod checkpoint;
+pub mod convert;
 mod error;
 pub mod ffi;
 mod files;

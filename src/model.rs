@@ -442,7 +442,7 @@ fn short(value: &Json) -> String {
     }
 }
 
-fn from_hub(checkpoint: &Checkpoint, json: &Json) -> Result<(Hyper, Weights)> {
+pub(crate) fn from_hub(checkpoint: &Checkpoint, json: &Json) -> Result<(Hyper, Weights)> {
     let path = &checkpoint.path;
     let c = Config { path, json };
     let model_type =
@@ -500,7 +500,7 @@ fn from_hub(checkpoint: &Checkpoint, json: &Json) -> Result<(Hyper, Weights)> {
         norms,
         qk_norm,
         rope_pairs: RopePairs::Halves,
-        rope_frequencies: hub_rope(&c, head_dim)?,
+        rope_frequencies: hub_rope(path, json, head_dim)?.frequencies(head_dim),
         rules,
         family: model_type,
     };
@@ -579,10 +579,39 @@ fn base_frequencies(theta: f64, head_dim: usize) -> Vec<f64> {
     (0..head_dim / 2).map(|i| theta.powf(-((2 * i) as f64) / head_dim as f64)).collect()
 }
 
-fn hub_rope(c: &Config, head_dim: usize) -> Result<Vec<f64>> {
+/// How a Hub folder's positions become angles.
+pub(crate) struct HubRope {
+    pub theta: f64,
+    pub scaling: RopeScaling,
+}
+
+pub(crate) enum RopeScaling {
+    None,
+    /// What positions are divided by.
+    Linear(f64),
+    /// `[head_dim / 2]`: what the unscaled frequencies are divided by.
+    Factors(Vec<f64>),
+}
+
+impl HubRope {
+    /// `[head_dim / 2]`, in radians per position.
+    fn frequencies(&self, head_dim: usize) -> Vec<f64> {
+        let mut frequencies = base_frequencies(self.theta, head_dim);
+        match &self.scaling {
+            RopeScaling::None => {}
+            RopeScaling::Linear(factor) => frequencies.iter_mut().for_each(|f| *f /= factor),
+            RopeScaling::Factors(factors) => frequencies.iter_mut().zip(factors).for_each(|(f, factor)| *f /= factor),
+        }
+        frequencies
+    }
+}
+
+/// Reads `rope_theta` and `rope_scaling` of a `config.json`; `path` is named in messages.
+pub(crate) fn hub_rope(path: &Path, json: &Json, head_dim: usize) -> Result<HubRope> {
+    let c = Config { path, json };
     let scaling_field = if c.get("rope_scaling").is_some() { "rope_scaling" } else { "rope_parameters" };
     let empty = Json::Object(Default::default());
-    let scaling = Config { path: c.path, json: c.get(scaling_field).unwrap_or(&empty) };
+    let scaling = Config { path, json: c.get(scaling_field).unwrap_or(&empty) };
     if !scaling.json.is_object() {
         return Err(c.expected(scaling_field, "an object"));
     }
@@ -590,7 +619,6 @@ fn hub_rope(c: &Config, head_dim: usize) -> Result<Vec<f64>> {
         Some(theta) => theta,
         None => scaling.number("rope_theta", 1.0, 1e12)?.unwrap_or(10_000.0),
     };
-    let mut frequencies = base_frequencies(theta, head_dim);
     let kind = match scaling.str("rope_type")? {
         Some(kind) => kind,
         None => scaling.str("type")?.unwrap_or("default"),
@@ -598,35 +626,33 @@ fn hub_rope(c: &Config, head_dim: usize) -> Result<Vec<f64>> {
     let need = |field: &str, low: f64, high: f64| {
         scaling
             .number(field, low, high)?
-            .ok_or_else(|| Error::format(c.path, format!("config.json: {scaling_field}.{field} is missing")))
+            .ok_or_else(|| Error::format(path, format!("config.json: {scaling_field}.{field} is missing")))
     };
-    match kind {
-        "default" => {}
-        "linear" => {
-            let factor = need("factor", 1e-6, 1e6)?;
-            frequencies.iter_mut().for_each(|f| *f /= factor);
-        }
+    let scaling = match kind {
+        "default" => RopeScaling::None,
+        "linear" => RopeScaling::Linear(need("factor", 1e-6, 1e6)?),
         "llama3" => {
             let factor = need("factor", 1e-6, 1e6)?;
             let (low, high) = (need("low_freq_factor", 1e-6, 1e6)?, need("high_freq_factor", 1e-6, 1e6)?);
             let old = need("original_max_position_embeddings", 1.0, 1e12)?;
             if high <= low {
                 return Err(Error::format(
-                    c.path,
+                    path,
                     format!(
                         "config.json: {scaling_field}: high_freq_factor is {high}, expected more than low_freq_factor {low}"
                     ),
                 ));
             }
-            for f in &mut frequencies {
-                let wavelength = 2.0 * std::f64::consts::PI / *f;
+            let factors = base_frequencies(theta, head_dim).into_iter().map(|f| {
+                let wavelength = 2.0 * std::f64::consts::PI / f;
                 let smooth = ((old / wavelength - low) / (high - low)).clamp(0.0, 1.0);
-                *f = *f / factor * (1.0 - smooth) + *f * smooth;
-            }
+                1.0 / ((1.0 - smooth) / factor + smooth)
+            });
+            RopeScaling::Factors(factors.collect())
         }
         _ => return Err(c.refuse(scaling_field)),
-    }
-    Ok(frequencies)
+    };
+    Ok(HubRope { theta, scaling })
 }
 
 fn qk_norm_lengths(hyper: &Hyper) -> (usize, usize) {
@@ -651,7 +677,7 @@ fn check_heads(path: &Path, h: &Hyper) -> Result<()> {
     Ok(())
 }
 
-fn from_gguf(checkpoint: &Checkpoint, m: &Metadata) -> Result<(Hyper, Weights)> {
+pub(crate) fn from_gguf(checkpoint: &Checkpoint, m: &Metadata) -> Result<(Hyper, Weights)> {
     let path = &checkpoint.path;
     let missing = |key: &str| Error::format(path, format!("metadata key {key} is missing"));
     let arch = m.str("general.architecture")?.ok_or_else(|| missing("general.architecture"))?.to_owned();

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::{Description, Mapping, OpenOptions, TensorView, check_disjoint};
+use super::{Bytes, Description, Mapping, OpenOptions, TensorView, check_disjoint};
 use crate::error::{Error, Result, unsupported};
 use crate::tensor::DType;
 
@@ -44,6 +44,8 @@ impl Value {
 pub struct Metadata {
     path: PathBuf,
     values: BTreeMap<String, Value>,
+    /// As stored, in the file's order: type number, then value.
+    raw: Vec<(String, Bytes)>,
 }
 
 impl Metadata {
@@ -102,6 +104,11 @@ impl Metadata {
             Value::Integers(x) => Some(x.as_slice()),
             _ => None,
         })
+    }
+
+    /// Keys and values as the file stores them, in its order: the type number (u32), then the value.
+    pub fn raw(&self) -> impl Iterator<Item = (&str, &[u8])> {
+        self.raw.iter().map(|(key, bytes)| (key.as_str(), &**bytes))
     }
 
     pub fn iter(&self) -> impl Iterator<Item = (&str, &Value)> {
@@ -244,19 +251,21 @@ fn read(mapping: &Arc<Mapping>) -> Result<(Metadata, BTreeMap<String, TensorView
     // A tensor takes at least 8 + 4 + 8 + 4 + 8 bytes of header, a key 8 + 4 + 1.
     let n_tensors = r.count(32, "the tensor count")?;
     let n_keys = r.count(13, "the metadata count")?;
-    let mut values = BTreeMap::new();
+    let (mut values, mut raw) = (BTreeMap::new(), Vec::with_capacity(n_keys));
     for _ in 0..n_keys {
         let key = r.string("a metadata key")?;
         if key.is_empty() || key.len() > MAX_KEY_BYTES {
             return Err(r.fail(format!("a metadata key has {} bytes, expected 1 to {MAX_KEY_BYTES}", key.len())));
         }
+        let start = r.at;
         let kind = r.u32(&key)?;
         let value = r.value(kind, &key)?;
+        raw.push((key.clone(), Bytes { mapping: mapping.clone(), range: start..r.at }));
         if values.insert(key.clone(), value).is_some() {
             return Err(r.fail(format!("metadata key {key} stands twice")));
         }
     }
-    let metadata = Metadata { path: path.clone(), values };
+    let metadata = Metadata { path: path.clone(), values, raw };
     if let Some(n) = metadata.u32("split.count")?.filter(|&n| n > 1) {
         return Err(unsupported!("{}: one part of {n}; split GGUF files are not implemented", path.display()));
     }

@@ -4,6 +4,7 @@
 //! bytes that are there.
 
 pub mod gguf;
+pub mod gguf_writer;
 pub mod safetensors;
 
 use std::collections::BTreeMap;
@@ -83,11 +84,29 @@ impl Bytes {
     }
 }
 
+impl std::fmt::Debug for Bytes {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "bytes {:?} of {}", self.range, self.mapping.path.display())
+    }
+}
+
 impl Deref for Bytes {
     type Target = [u8];
 
     fn deref(&self) -> &[u8] {
         &self.mapping[self.range.clone()]
+    }
+}
+
+impl Bytes {
+    /// The file that they are in.
+    pub fn file(&self) -> &Path {
+        &self.mapping.path
+    }
+
+    /// Where they begin in their file.
+    pub fn offset(&self) -> usize {
+        self.range.start
     }
 }
 

@@ -6,6 +6,7 @@
 // C names are C's own.
 #![allow(non_camel_case_types, clippy::missing_safety_doc)]
 
+mod convert;
 mod log;
 mod params;
 mod sampler;
@@ -19,6 +20,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::Once;
 
+pub use convert::*;
 pub use log::*;
 pub use params::*;
 pub use sampler::*;

@@ -37,7 +37,9 @@ pub struct GgufVocab {
 impl GgufVocab {
     /// Reads the keys; `None` for a file without vocabulary.
     pub fn from_metadata(m: &Metadata) -> Result<Option<GgufVocab>> {
-        let Some(model) = m.str("tokenizer.ggml.model")?.filter(|&model| model != "no_vocab") else { return Ok(None) };
+        let Some(model) = m.str("tokenizer.ggml.model")?.filter(|&model| model != "no_vocab" && model != "none") else {
+            return Ok(None);
+        };
         let id = |name: &str| m.u32(&format!("tokenizer.ggml.{name}_token_id"));
         Ok(Some(GgufVocab {
             model: model.to_owned(),
@@ -78,9 +80,33 @@ fn words(pre: &str) -> Option<Words> {
         "gpt2" | "gpt-2" | "olmo" => plain(&[GPT2_WORDS]),
         "smollm" => plain(&[r"\p{N}", GPT2_WORDS]),
         "qwen2" => plain(&[QWEN2_WORDS]),
+        "dbrx" => plain(&[LLAMA3_WORDS]),
         "llama-bpe" | "llama3" | "llama-v3" => {
             Some(Words { patterns: &[LLAMA3_WORDS], ignore_merges: true, add_bos: true })
         }
+        _ => None,
+    }
+}
+
+/// Whether a `tokenizer.ggml.pre` is implemented.
+pub(crate) fn is_known_pre(pre: &str) -> bool {
+    words(pre).is_some()
+}
+
+/// Whether a token's text stands for a byte: `<0xNN>`.
+pub(crate) fn is_byte_piece(text: &str) -> bool {
+    super::sentencepiece::byte_piece(text).is_some()
+}
+
+/// The `tokenizer.ggml.pre` of byte-level BPE that cuts words out by this pattern, spelled as here or as on the Hub.
+pub(crate) fn pre_of_pattern(pattern: &str, ignore_merges: bool) -> Option<&'static str> {
+    let contractions = "(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])";
+    let pattern = pattern.replacen("(?i:'s|'t|'re|'ve|'m|'ll|'d)", contractions, 1);
+    match (pattern.as_str(), ignore_merges) {
+        (LLAMA3_WORDS, true) => Some("llama-bpe"),
+        (LLAMA3_WORDS, false) => Some("dbrx"),
+        (QWEN2_WORDS, false) => Some("qwen2"),
+        (GPT2_WORDS, false) => Some("gpt-2"),
         _ => None,
     }
 }

@@ -11,6 +11,7 @@ use serde_json::Value as Json;
 use tokenizers::Tokenizer as HubTokenizer;
 
 pub use gguf::GgufVocab;
+pub(crate) use gguf::{is_byte_piece, is_known_pre, pre_of_pattern};
 use sentencepiece::SentencePiece;
 pub use stream::{StreamDecoder, Utf8Stream};
 
@@ -210,6 +211,20 @@ impl Tokenizer {
     /// Whether generation ends with this token: end of text, of turn, of message.
     pub fn is_end_of_generation(&self, id: u32) -> bool {
         self.ends.binary_search(&id).is_ok()
+    }
+
+    /// How a text begins and ends when special tokens are added: whether with [`Tokenizer::bos`] and [`Tokenizer::eos`];
+    /// `None` if it is anything else.
+    pub(crate) fn added_around(&self) -> Option<(bool, bool)> {
+        let (bare, whole) = (self.encode(b"a", false, false).ok()?, self.encode(b"a", true, false).ok()?);
+        let at = whole.windows(bare.len().max(1)).position(|w| w == bare)?;
+        let (before, after) = (&whole[..at], &whole[at + bare.len()..]);
+        let side = |ids: &[u32], id: Option<u32>| match ids {
+            [] => Some(false),
+            [only] => Some(id == Some(*only)).filter(|&is| is),
+            _ => None,
+        };
+        Some((side(before, self.bos)?, side(after, self.eos)?))
     }
 
     pub fn chat_template(&self) -> Option<&str> {

@@ -356,11 +356,61 @@ static void samplers(const char *text_model) {
   phd_model_free(model);
 }
 
+static void conversion(const char *golden) {
+  phd_convert_params params;
+  phd_model *model = NULL;
+  char first[64], second[64];
+  snprintf(first, sizeof first, "/tmp/phd-contract-%p-1.gguf", (void *)&params);
+  snprintf(second, sizeof second, "/tmp/phd-contract-%p-2.gguf", (void *)&params);
+  INVALID("folder is null", phd_convert(NULL, first, NULL, &error));
+  INVALID("out is null", phd_convert(golden, NULL, NULL, &error));
+  EXPECT(PHD_ERROR_IO, "/no/such", phd_convert("/no/such", first, NULL, &error));
+  phd_convert_params_init(&params, sizeof params);
+  params.weight_type = 99;
+  INVALID("weight_type is 99", phd_convert(golden, first, &params, &error));
+  params.weight_type = PHD_WEIGHT_AUTO;
+  params.flags = 8;
+  INVALID("flags", phd_convert(golden, first, &params, &error));
+  params.flags = 0;
+  params.struct_size = 1;
+  INVALID("struct_size", phd_convert(golden, first, &params, &error));
+  phd_convert_params_init(&params, sizeof params);
+  int calls = 0;
+  params.progress = stop_at_once;
+  params.progress_user = &calls;
+  EXPECT(PHD_ERROR_CANCELLED, "cancelled", phd_convert(golden, first, &params, &error));
+  CHECK(calls == 1);
+  EXPECT(PHD_ERROR_IO, "phd-contract", phd_model_load(first, NULL, &model, &error));
+  OK(phd_convert(golden, first, NULL, &error));
+
+  INVALID("input is null", phd_quantize(NULL, second, NULL, &error));
+  INVALID("PHD_WEIGHT_AUTO", phd_quantize(first, second, NULL, &error));
+  phd_convert_params_init(&params, sizeof params);
+  params.weight_type = PHD_WEIGHT_Q8_0;
+  params.pre = "gpt-2";
+  INVALID("pre", phd_quantize(first, second, &params, &error));
+  params.pre = NULL;
+  INVALID("is the input", phd_quantize(first, first, &params, &error));
+  OK(phd_quantize(first, second, &params, &error));
+  params.weight_type = PHD_WEIGHT_F16;
+  INVALID("requantize", phd_quantize(second, first, &params, &error));
+  params.flags = PHD_CONVERT_REQUANTIZE | PHD_CONVERT_PURE;
+  OK(phd_quantize(second, first, &params, &error));
+  OK(phd_model_load(first, NULL, &model, &error));
+  phd_model_desc desc;
+  desc.struct_size = sizeof desc;
+  OK(phd_model_info(model, &desc, &error));
+  CHECK(desc.copies == 2 && desc.window == 16 && desc.chunk == 32);
+  phd_model_free(model);
+  remove(first);
+  remove(second);
+}
+
 int main(int argc, char **argv) {
   if (argc != 4) return 2;
   CHECK(phd_abi_version() == 1 && strlen(phd_version()) > 4);
   CHECK(strcmp(phd_status_name(PHD_ERROR_CACHE_FULL), "PHD_ERROR_CACHE_FULL") == 0);
-  CHECK(PHD_ERROR_INTERNAL == 10 && PHD_BACKEND_CUDA == 2 && PHD_CACHE_Q8_0 == 2);
+  CHECK(PHD_ERROR_INTERNAL == 10 && PHD_BACKEND_CUDA == 2 && PHD_CACHE_Q8_0 == 2 && PHD_WEIGHT_Q6_K == 9);
   CHECK(phd_error_status(NULL) == PHD_OK && strlen(phd_error_message(NULL)) == 0);
   phd_model_free(NULL);
   phd_session_free(NULL);
@@ -371,6 +421,7 @@ int main(int argc, char **argv) {
   sessions(argv[1]);
   text(argv[2]);
   samplers(argv[2]);
+  conversion(argv[1]);
   if (failures == 0) puts("contract holds");
   return failures != 0;
 }

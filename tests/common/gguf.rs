@@ -1,4 +1,5 @@
 //! Writes GGUF files, right ones and wrong ones.
+#![allow(dead_code)]
 
 pub enum Value<'a> {
     U32(u32),

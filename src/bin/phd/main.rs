@@ -1,6 +1,7 @@
-//! The `phd` program: run, chat, info, score and bench on the library's Rust interface.
+//! The `phd` program: run, chat, info, score, bench, convert and quantize on the library's Rust interface.
 
 mod bench;
+mod convert;
 mod generate;
 
 use std::path::{Path, PathBuf};
@@ -47,6 +48,10 @@ enum Command {
     },
     /// Time prefill and steps for several K
     Bench(bench::Bench),
+    /// Write a Hub folder as a GGUF file
+    Convert(convert::Convert),
+    /// Write a GGUF file with weights of another type
+    Quantize(convert::Quantize),
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -222,6 +227,8 @@ fn main() -> ExitCode {
         Command::Info { common } => info(&common),
         Command::Score { common, file, segment, json } => score(&common, &file, segment, json),
         Command::Bench(bench) => bench.execute(),
+        Command::Convert(convert) => convert.execute(),
+        Command::Quantize(quantize) => quantize.execute(),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
