@@ -61,9 +61,7 @@ fn templates_render_as_in_transformers() {
         for case in cases.as_array().unwrap() {
             let case_name = case["name"].as_str().unwrap();
             n += 1;
-            wrong.extend(
-                difference(&source, case, &expected[case_name]).map(|d| format!("{name}, {case_name}:\n{d}")),
-            );
+            wrong.extend(difference(&source, case, &expected[case_name]).map(|d| format!("{name}, {case_name}:\n{d}")));
         }
     }
     assert!(wrong.is_empty(), "{} of {n} differ\n{}", wrong.len(), wrong.join("\n"));

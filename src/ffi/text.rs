@@ -164,7 +164,8 @@ pub unsafe extern "C" fn phd_stream_add_stop(
         let (stream, stop) = unsafe { (fresh(stream)?, input(stop.cast::<u8>(), len, "stop")?) };
         let stop = std::str::from_utf8(stop)
             .map_err(|e| invalid!("stop is not UTF-8: byte {} is no part of a character", e.valid_up_to()))?;
-        let mut stops: Vec<&str> = stream.decoder.stops().into_iter().flat_map(StopStrings::stops).map(|s| &**s).collect();
+        let mut stops: Vec<&str> =
+            stream.decoder.stops().into_iter().flat_map(StopStrings::stops).map(|s| &**s).collect();
         stops.push(stop);
         let stops = StopStrings::new(&stops)?;
         stream.decoder = std::mem::take(&mut stream.decoder).with_stops(Arc::new(stops));
@@ -198,9 +199,8 @@ pub unsafe extern "C" fn phd_stream_push(
     len: *mut usize,
     error: *mut *mut phd_error,
 ) -> phd_status {
-    let push = |decoder: &mut StreamDecoder, tokenizer: &Tokenizer, out: &mut String| {
-        decoder.push(tokenizer, id(token)?, out)
-    };
+    let push =
+        |decoder: &mut StreamDecoder, tokenizer: &Tokenizer, out: &mut String| decoder.push(tokenizer, id(token)?, out);
     // SAFETY: the C contract.
     unsafe { stream_text(stream, text, capacity, len, error, push) }
 }

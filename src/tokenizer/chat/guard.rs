@@ -28,6 +28,7 @@ const READ: &str = "read!";
 const TEXT: &str = "text!";
 const STORED: &str = "stored!";
 const REMAINDER: &str = "remainder!";
+const ITERATED: &str = "iterated!";
 const NAMESPACE: &str = "namespace!";
 
 pub(super) fn failure(what: impl Into<String>) -> Error {
@@ -129,6 +130,7 @@ fn checks(instruction: &Instruction) -> Result<(Vec<Instruction<'static>>, Vec<I
         // The generator computes with constants.
         I::LoadConst(value) if value.as_object().is_some() && !value.is_kwargs() => (vec![], vec![filter(MADE, 1)]),
         I::Eq | I::Ne | I::Gt | I::Gte | I::Lt | I::Lte | I::In | I::CompareAndPreserve(_) => (both(READ), vec![]),
+        I::PushLoop(_) => (vec![filter(ITERATED, 1)], vec![]),
         // A key is hashed.
         I::GetItem => (vec![filter(READ, 1)], vec![]),
         I::PerformTest(_, n, _) if *n != Some(1) => (vec![filter(READ, 1)], vec![]),
@@ -153,8 +155,13 @@ pub(super) fn install(environment: &mut Environment, limit: u64) {
     environment.add_filter(MADE, move |state: &State, value: Value| made(state, value, limit));
     environment.add_filter(READ, read);
     environment.add_filter(TEXT, python::text_value);
-    environment
-        .add_filter(STORED, move |state: &State, value: Value, namespace: Value| stored(state, value, &namespace, limit));
+    environment.add_filter(ITERATED, |value: Value| match value.is_none() {
+        true => Err(failure("None is not iterable")),
+        false => Ok(value),
+    });
+    environment.add_filter(STORED, move |state: &State, value: Value, namespace: Value| {
+        stored(state, value, &namespace, limit)
+    });
     environment.add_filter(REMAINDER, python::remainder);
 }
 

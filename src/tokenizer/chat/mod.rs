@@ -91,9 +91,9 @@ impl ChatTemplate {
         let source = guard::prepare(source, &syntax).map_err(|e| invalid!("the chat template: {}", short(&e)))?;
         let template = ChatTemplate { environment: environment(), source };
         // To see that it compiles.
-        on_own_stack(|| parse(&template.source, "chat", syntax).and_then(|ast| {
-            guard::compile(&ast, &template.source).map(drop)
-        }))?
+        on_own_stack(|| {
+            parse(&template.source, "chat", syntax).and_then(|ast| guard::compile(&ast, &template.source).map(drop))
+        })?
         .map_err(|e| invalid!("the chat template does not compile: {}", short(&e)))?;
         Ok(template)
     }
@@ -150,11 +150,15 @@ fn environment() -> Environment<'static> {
     environment.set_unknown_method_callback(python::method);
     environment.add_filter("tojson", python::tojson);
     environment.add_filter("trim", python::trim);
-    environment.add_filter("string", python::text_value);
+    environment.add_filter("string", python::string);
     environment.add_filter("format", python::format_filter);
     environment.add_test("sequence", python::is_sequence);
-    // They print without a bound, and Jinja has no such function.
-    environment.remove_filter("pprint");
+    environment.add_test("iterable", python::is_iterable);
+    // Jinja has no such filters and functions; among them is what prints without a bound and what makes lists that nest
+    // without looking so.
+    for name in ["pprint", "chain", "zip", "split", "lines", "bool"] {
+        environment.remove_filter(name);
+    }
     environment.remove_global("debug");
     environment.add_function("raise_exception", |state: &State, message: Rest<Value>| {
         let message = message.first().cloned().unwrap_or_default();
@@ -268,7 +272,8 @@ impl Input {
             },
             Json::String(s) => Value::from(s.as_str()),
             Json::Array(list) => {
-                let items = list.iter().map(|item| self.value(item, path, depth + 1)).collect::<Result<Vec<Value>>>()?;
+                let items =
+                    list.iter().map(|item| self.value(item, path, depth + 1)).collect::<Result<Vec<Value>>>()?;
                 Value::from(items)
             }
             Json::Object(map) => {
@@ -285,7 +290,9 @@ impl Input {
     fn count(&mut self, bytes: usize, path: &str) -> Result<()> {
         self.weight += NODE_BYTES + bytes as u64;
         if self.weight > MAX_INPUT_WEIGHT {
-            return Err(invalid!("{path}: the conversation is too large: it counts more than {MAX_INPUT_WEIGHT} bytes"));
+            return Err(invalid!(
+                "{path}: the conversation is too large: it counts more than {MAX_INPUT_WEIGHT} bytes"
+            ));
         }
         Ok(())
     }

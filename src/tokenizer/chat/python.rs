@@ -43,7 +43,14 @@ impl Text {
 /// The shortest digits that read back as `f`, with an exponent below 1e-4 and from 1e16 on.
 fn float(f: f64) -> String {
     if !f.is_finite() {
-        return if f.is_nan() { "nan" } else if f > 0.0 { "inf" } else { "-inf" }.to_owned();
+        return if f.is_nan() {
+            "nan"
+        } else if f > 0.0 {
+            "inf"
+        } else {
+            "-inf"
+        }
+        .to_owned();
     }
     let scientific = format!("{f:e}");
     let (mantissa, exponent) = scientific.split_once('e').unwrap_or((&scientific, "0"));
@@ -71,7 +78,8 @@ pub(super) fn text_value(state: &State, value: Value) -> Result<Value, Error> {
     }
 }
 
-fn string(state: &State, value: Value) -> Result<String, Error> {
+/// `str(value)`.
+pub(super) fn string(state: &State, value: Value) -> Result<String, Error> {
     text_value(state, value).map(|v| v.to_string())
 }
 
@@ -298,6 +306,11 @@ pub(super) fn is_sequence(value: Value) -> bool {
     value.is_undefined() || value.as_str().is_some() || value.as_object().is_some_and(|o| o.repr() != ObjectRepr::Plain)
 }
 
+/// The test `iterable`: the engine reads None as if it were an empty list.
+pub(super) fn is_iterable(value: Value) -> bool {
+    is_sequence(value)
+}
+
 /// `%`: the engine has it for numbers only.
 pub(super) fn remainder(state: &State, a: Value, b: Value) -> Result<Value, Error> {
     if let Some(s) = a.as_str() {
@@ -479,7 +492,17 @@ fn split(s: &str, separator: Option<&str>, n: usize, from_right: bool) -> Vec<Va
 pub(super) fn strftime(seconds: i64, pattern: &str) -> Result<String, Error> {
     const DAYS: [&str; 7] = ["Sunday", "Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday"];
     const MONTHS: [&str; 12] = [
-        "January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November",
+        "January",
+        "February",
+        "March",
+        "April",
+        "May",
+        "June",
+        "July",
+        "August",
+        "September",
+        "October",
+        "November",
         "December",
     ];
     let (days, second) = (seconds.div_euclid(86_400), seconds.rem_euclid(86_400));
