@@ -234,7 +234,7 @@ static void chat(const phd_model *model) {
   const char *expected = "user: Hi caf\xc3\xa9|[{\"type\": \"function\"}]|yes|";
   size_t length = 0;
   phd_chat_params_init(&params, sizeof params);
-  INVALID("messages is no list", phd_chat_render(model, NULL, buffer, sizeof buffer, &length, &error));
+  INVALID("no chat template", phd_chat_render(model, NULL, buffer, sizeof buffer, &length, &error));
   set(&params.messages, &params.messages_len, "[{\"role\": \"user\", \"content\": \"Hi caf\xc3\xa9\", \"name\": null}]");
   INVALID("no chat template", phd_chat_render(model, &params, buffer, sizeof buffer, &length, &error));
   set(&params.source, &params.source_len,
@@ -278,7 +278,7 @@ static void chat(const phd_model *model) {
   set(&params.source, &params.source_len, "{{ 1 + }}");
   INVALID("does not compile", phd_chat_render(model, &params, NULL, 0, &length, &error));
   set(&params.source, &params.source_len, "{{ 'x' * 999999999 }}");
-  INVALID("too large", phd_chat_render(model, &params, NULL, 0, &length, &error));
+  INVALID("out of fuel", phd_chat_render(model, &params, NULL, 0, &length, &error));
   params.messages = NULL;
   INVALID("messages is null", phd_chat_render(model, &params, NULL, 0, &length, &error));
   INVALID("model", phd_chat_render(NULL, &params, NULL, 0, &length, &error));

@@ -153,7 +153,7 @@ fn environment() -> Environment<'static> {
     environment.add_filter("string", python::string);
     environment.add_filter("format", python::format_filter);
     environment.add_test("sequence", python::is_sequence);
-    environment.add_test("iterable", python::is_iterable);
+    environment.add_test("iterable", python::is_sequence);
     // Jinja has no such filters and functions; among them is what prints without a bound and what makes lists that nest
     // without looking so.
     for name in ["pprint", "chain", "zip", "split", "lines", "bool"] {

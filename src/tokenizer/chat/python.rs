@@ -301,14 +301,9 @@ fn strip<'a>(s: &'a str, chars: Option<&str>, left: bool, right: bool) -> &'a st
     if right { s.trim_end_matches(matches) } else { s }
 }
 
-/// The test `sequence`: whatever has a length and items.
+/// The tests `sequence` and `iterable`: whatever has items. The engine counts None among them, and strings not.
 pub(super) fn is_sequence(value: Value) -> bool {
     value.is_undefined() || value.as_str().is_some() || value.as_object().is_some_and(|o| o.repr() != ObjectRepr::Plain)
-}
-
-/// The test `iterable`: the engine reads None as if it were an empty list.
-pub(super) fn is_iterable(value: Value) -> bool {
-    is_sequence(value)
 }
 
 /// `%`: the engine has it for numbers only.
@@ -361,7 +356,7 @@ fn formatted(state: &State, style: FormatStyle, s: &str, args: &[Value]) -> Resu
     for arg in args {
         let text = match arg.as_str() {
             Some(s) => s.len(),
-            None => string(state, arg.clone()).map_or(0, |s| s.len()),
+            None => string(state, arg.clone())?.len(),
         };
         longest = longest.max(text as u64);
     }
