@@ -181,7 +181,8 @@ typedef struct phd_sampler phd_sampler;
 typedef struct phd_session phd_session;
 
 /*
- A streaming detokenizer: holds back the bytes of a character that later tokens complete.
+ A streaming detokenizer: holds back the bytes of a character that later tokens complete, and text that can be the
+ beginning of a stop string. Used by one thread at a time.
  */
 typedef struct phd_stream phd_stream;
 
@@ -262,6 +263,11 @@ typedef struct phd_convert_params {
   phd_progress progress;
   void *progress_user;
 } phd_convert_params;
+
+/*
+ Told one line, UTF-8 of `length` bytes and not terminated, from whichever thread has something to say.
+ */
+typedef void (*phd_log_callback)(uint32_t level, const char *message, size_t length, void *user);
 
 typedef struct phd_session_params {
   size_t struct_size;
@@ -520,6 +526,56 @@ typedef struct phd_stats {
   uint64_t evicted;
 } phd_stats;
 
+/*
+ A conversation to render. Texts are JSON by length; null with length 0 leaves one out.
+ */
+typedef struct phd_chat_params {
+  size_t struct_size;
+  /*
+   A list of objects, usually with `role` and `content`.
+   */
+  const char *messages;
+  size_t messages_len;
+  /*
+   A list of objects that describe functions.
+   */
+  const char *tools;
+  size_t tools_len;
+  /*
+   A list of objects with `title` and `text`.
+   */
+  const char *documents;
+  size_t documents_len;
+  /*
+   An object: variables of the template's own, such as `{"enable_thinking": false}`.
+   */
+  const char *variables;
+  size_t variables_len;
+  /*
+   Jinja instead of the checkpoint's template.
+   */
+  const char *source;
+  size_t source_len;
+  /*
+   The name of one of the checkpoint's templates. By default "tool_use" if there is one and tools are given, else
+   "default".
+   */
+  const char *name;
+  size_t name_len;
+  /*
+   What the template takes for the time, in seconds since 1970 as a clock on the wall shows it; 0: now, in UTC.
+   */
+  int64_t now;
+  /*
+   Not 0: ends the text with the beginning of the model's turn.
+   */
+  uint32_t add_generation_prompt;
+  /*
+   0.
+   */
+  uint32_t reserved;
+} phd_chat_params;
+
 #ifdef __cplusplus
 extern "C" {
 #endif // __cplusplus
@@ -574,6 +630,16 @@ enum phd_status phd_quantize(const char *input,
                              const char *out,
                              const struct phd_convert_params *params,
                              struct phd_error **error);
+
+/*
+ Hands what the library says, up to `level` (a phd_log_level), to `callback`, for the whole process; null turns it off. When this
+ returns, the callback before is not running and will not be called again. A callback must not call this. Without it the library
+ says nothing.
+ */
+enum phd_status phd_log_set(phd_log_callback callback,
+                            void *user,
+                            uint32_t level,
+                            struct phd_error **error);
 
 /*
  Writes the defaults into `params`; `struct_size` is `sizeof(phd_model_params)`.
@@ -1026,13 +1092,36 @@ enum phd_status phd_detokenize(const struct phd_model *model,
 enum phd_status phd_token_is_end(const struct phd_model *model, int32_t token, bool *is_end, struct phd_error **error);
 
 /*
+ The bytes of one token, which may be part of a character, such as OpenAI's `logprobs` list them. Control tokens have
+ none, or with `special` their spelling. Sizes are handled as in phd_tokenize.
+ */
+enum phd_status phd_token_bytes(const struct phd_model *model,
+                                int32_t token,
+                                bool special,
+                                uint8_t *bytes,
+                                size_t capacity,
+                                size_t *len,
+                                struct phd_error **error);
+
+/*
  Creates a streaming detokenizer. On failure `*out` is as it was.
  */
 enum phd_status phd_stream_create(const struct phd_model *model, struct phd_stream **out, struct phd_error **error);
 
 /*
- Passes one token and writes the whole characters that it completes, `*len` bytes of UTF-8, not terminated. With
- `PHD_ERROR_BUFFER_TOO_SMALL` the token has not been taken.
+ Adds a stop string, `len` bytes of UTF-8, 1 to 1024; 64 at most. The text ends before the stop string that is complete
+ first; of several that end together, before the longest. Between texts only. Stop strings stay when a text ends.
+ */
+enum phd_status phd_stream_add_stop(struct phd_stream *stream, const char *stop, size_t len, struct phd_error **error);
+
+/*
+ Spells control tokens out (true) or leaves them out (false, as at first). Between texts only.
+ */
+enum phd_status phd_stream_set_special(struct phd_stream *stream, bool special, struct phd_error **error);
+
+/*
+ Passes one token and writes the text that it completes, `*len` bytes of whole characters of UTF-8, not terminated.
+ After a stop string there is no more text. With `PHD_ERROR_BUFFER_TOO_SMALL` the token has not been taken.
  */
 enum phd_status phd_stream_push(struct phd_stream *stream,
                                 int32_t token,
@@ -1042,7 +1131,17 @@ enum phd_status phd_stream_push(struct phd_stream *stream,
                                 struct phd_error **error);
 
 /*
- Ends the text: an incomplete character becomes U+FFFD. The stream can then begin another.
+ Which stop string ended the text, counted in the order in which they were added, or -1; and the bytes of text written so
+ far, which after a stop string are those before it.
+ */
+enum phd_status phd_stream_stop(const struct phd_stream *stream,
+                                int32_t *stop,
+                                uint64_t *n_bytes,
+                                struct phd_error **error);
+
+/*
+ Ends the text: an incomplete character becomes U+FFFD, and what was held back for a stop string is written. The stream
+ can then begin another text.
  */
 enum phd_status phd_stream_finish(struct phd_stream *stream,
                                   char *text,
@@ -1054,6 +1153,23 @@ enum phd_status phd_stream_finish(struct phd_stream *stream,
  Frees a stream; null is fine.
  */
 void phd_stream_free(struct phd_stream *stream);
+
+/*
+ Writes the defaults into `params`; `struct_size` is `sizeof(phd_chat_params)`.
+ */
+void phd_chat_params_init(struct phd_chat_params *params, size_t struct_size);
+
+/*
+ The text that a conversation is for the model, `*len` bytes of UTF-8, not terminated: what transformers'
+ `apply_chat_template` makes of it. The template writes the begin token itself: phd_tokenize it with
+ `PHD_TOKENIZE_PARSE_SPECIAL` alone. Sizes are handled as in phd_tokenize; asking for the size renders, too.
+ */
+enum phd_status phd_chat_render(const struct phd_model *model,
+                                const struct phd_chat_params *params,
+                                char *text,
+                                size_t capacity,
+                                size_t *len,
+                                struct phd_error **error);
 
 #ifdef __cplusplus
 }  // extern "C"

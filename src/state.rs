@@ -9,13 +9,13 @@
 //! A blob is untrusted: its length must be exactly what its header implies before anything else is looked at, and nothing is changed
 //! before all of it has been checked.
 
-use std::io::Write;
 use std::path::Path;
 
 use xxhash_rust::xxh3::xxh3_64;
 
 use crate::backend::CacheType;
 use crate::error::{Error, Result, invalid};
+use crate::files::write_whole;
 use crate::session::Session;
 
 const MAGIC: [u8; 8] = *b"PHDSTATE";
@@ -247,7 +247,7 @@ impl Session {
     pub fn save_file(&self, seq: i64, path: &Path) -> Result<()> {
         let mut blob = vec![0; self.save_size(seq)?];
         self.save(seq, &mut blob)?;
-        crate::files::write_whole(path, |file| file.write_all(&blob))
+        write_whole(path, &blob)
     }
 
     /// [`Session::restore`] from a file.

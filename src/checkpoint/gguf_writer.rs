@@ -4,13 +4,10 @@
 //! disk. Until then an existing target is untouched, and a [`Writer`] that is dropped leaves nothing behind.
 
 use std::collections::BTreeSet;
-use std::fs::File;
-use std::io::{ErrorKind, Write};
-use std::path::{Path, PathBuf};
-
-use tempfile::NamedTempFile;
+use std::path::Path;
 
 use crate::error::{Error, Result, invalid};
+use crate::files::WholeFile;
 use crate::tensor::DType;
 
 const ALIGNMENT: usize = 32;
@@ -115,8 +112,7 @@ impl TensorInfo {
 
 /// A file that is being written: the header first, then the tensors' data in the header's order.
 pub struct Writer {
-    target: PathBuf,
-    file: NamedTempFile,
+    file: WholeFile,
     /// Bytes that are missing of each tensor, the current one last.
     missing: Vec<usize>,
     written: usize,
@@ -138,27 +134,7 @@ impl Writer {
             // `header` has seen the sum.
             total += t.bytes()?.next_multiple_of(ALIGNMENT);
         }
-        let io = |e| Error::io(target, e);
-        // A link is followed, so that what it points to is replaced.
-        let existing = match std::fs::metadata(target) {
-            Ok(m) if !m.is_file() => return Err(invalid!("{}: is not a regular file", target.display())),
-            Ok(m) => Some(m.permissions()),
-            Err(e) if e.kind() == ErrorKind::NotFound => None,
-            Err(e) => return Err(io(e)),
-        };
-        let target = if existing.is_some() { target.canonicalize().map_err(io)? } else { target.to_owned() };
-        let folder = folder_of(&target);
-        let mut builder = tempfile::Builder::new();
-        builder.prefix(".phd-").suffix(".tmp");
-        #[cfg(unix)]
-        let new_file = std::os::unix::fs::PermissionsExt::from_mode(0o666); // less the umask
-        #[cfg(unix)]
-        builder.permissions(new_file);
-        let file = builder.tempfile_in(folder).map_err(|e| Error::io(folder, e))?;
-        if let Some(permissions) = existing {
-            file.as_file().set_permissions(permissions).map_err(|e| Error::io(&target, e))?;
-        }
-        let mut writer = Writer { target, file, missing, written: 0, total };
+        let mut writer = Writer { file: WholeFile::create(target)?, missing, written: 0, total };
         writer.put(&header)?;
         Ok(writer)
     }
@@ -170,11 +146,11 @@ impl Writer {
 
     fn fail(&self, e: std::io::Error) -> Error {
         let what = format!("{e} (after {} of {} bytes)", self.written, self.total);
-        Error::io(&self.target, std::io::Error::new(e.kind(), what))
+        Error::io(self.file.target(), std::io::Error::new(e.kind(), what))
     }
 
     fn put(&mut self, bytes: &[u8]) -> Result<()> {
-        self.file.as_file_mut().write_all(bytes).map_err(|e| self.fail(e))?;
+        self.file.write(bytes).map_err(|e| self.fail(e))?;
         self.written += bytes.len();
         Ok(())
     }
@@ -206,28 +182,8 @@ impl Writer {
         if !self.missing.is_empty() {
             return Err(Error::Internal(format!("{} tensors were not written", self.missing.len())));
         }
-        self.file.as_file().sync_all().map_err(|e| self.fail(e))?;
-        self.file.persist(&self.target).map_err(|e| Error::io(&self.target, e.error))?;
-        sync_folder(folder_of(&self.target))
+        self.file.finish()
     }
-}
-
-fn folder_of(file: &Path) -> &Path {
-    file.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."))
-}
-
-/// A new name survives a power cut only when the folder is on the disk as well.
-fn sync_folder(folder: &Path) -> Result<()> {
-    if cfg!(unix) {
-        match File::open(folder).and_then(|f| f.sync_all()) {
-            // Some network file systems do not offer it.
-            Err(e) if !matches!(e.kind(), ErrorKind::InvalidInput | ErrorKind::Unsupported) => {
-                return Err(Error::io(folder, e));
-            }
-            _ => {}
-        }
-    }
-    Ok(())
 }
 
 /// Everything before the tensors' data, padded.

@@ -175,8 +175,9 @@ pub struct HubFiles {
     pub generation_config: Option<serde_json::Value>,
     /// `tokenizer.json`
     pub tokenizer: Option<PathBuf>,
-    /// `chat_template.jinja`, which takes precedence over the one in `tokenizer_config.json`.
-    pub chat_template: Option<String>,
+    /// By name: `chat_template.jinja` is "default", `additional_chat_templates/NAME.jinja` the others. They take precedence
+    /// over those in `tokenizer_config.json`.
+    pub chat_templates: BTreeMap<String, String>,
 }
 
 /// An opened checkpoint.

@@ -51,15 +51,30 @@ pub(super) fn open(folder: &Path, options: &OpenOptions) -> Result<(Description,
         tensors = read_file(&folder.join("model.safetensors"), options)?;
     }
     let tokenizer = Some(folder.join("tokenizer.json")).filter(|p| p.is_file());
-    let chat_template = text(&folder.join("chat_template.jinja"))?;
     let files = HubFiles {
         config,
         tokenizer_config: json(&folder.join("tokenizer_config.json"))?,
         generation_config: json(&folder.join("generation_config.json"))?,
         tokenizer,
-        chat_template,
+        chat_templates: chat_templates(folder)?,
     };
     Ok((Description::Hub(Box::new(files)), tensors))
+}
+
+fn chat_templates(folder: &Path) -> Result<BTreeMap<String, String>> {
+    let mut templates = BTreeMap::new();
+    if let Some(template) = text(&folder.join("chat_template.jinja"))? {
+        templates.insert("default".to_owned(), template);
+    }
+    let Ok(files) = std::fs::read_dir(folder.join("additional_chat_templates")) else { return Ok(templates) };
+    for file in files.flatten() {
+        let path = file.path();
+        let name = path.file_name().and_then(|name| name.to_str()?.strip_suffix(".jinja"));
+        if let (Some(name), Some(template)) = (name, text(&path)?) {
+            templates.insert(name.to_owned(), template);
+        }
+    }
+    Ok(templates)
 }
 
 /// The text of a file that may be missing.

@@ -3,10 +3,14 @@
 use std::ffi::c_char;
 use std::sync::Arc;
 
+use serde_json::Value as Json;
+
+use super::params::{self, Versioned};
 use super::{borrow, copy_out, guard, input, output, phd_error, phd_model, phd_status};
 use crate::error::{Error, Result, invalid, unsupported};
 use crate::model::Model;
-use crate::tokenizer::{StreamDecoder, Tokenizer};
+use crate::tokenizer::chat::{ChatTemplate, Conversation, parse_json};
+use crate::tokenizer::{Progress, StopStrings, StreamDecoder, Tokenizer};
 
 /// Flags of phd_tokenize: add the special tokens that the model expects around a text.
 pub const PHD_TOKENIZE_ADD_SPECIAL: u32 = 1;
@@ -85,10 +89,34 @@ pub unsafe extern "C" fn phd_token_is_end(
     })
 }
 
-/// A streaming detokenizer: holds back the bytes of a character that later tokens complete.
+/// The bytes of one token, which may be part of a character, such as OpenAI's `logprobs` list them. Control tokens have
+/// none, or with `special` their spelling. Sizes are handled as in phd_tokenize.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn phd_token_bytes(
+    model: *const phd_model,
+    token: i32,
+    special: bool,
+    bytes: *mut u8,
+    capacity: usize,
+    len: *mut usize,
+    error: *mut *mut phd_error,
+) -> phd_status {
+    guard(error, || {
+        // SAFETY: the C contract.
+        let model = unsafe { borrow(model, "model")? };
+        let found = tokenizer(&model.model)?.token_bytes(id(token)?, special)?;
+        // SAFETY: the C contract.
+        unsafe { copy_out(found, bytes, capacity, len, "bytes") }
+    })
+}
+
+/// A streaming detokenizer: holds back the bytes of a character that later tokens complete, and text that can be the
+/// beginning of a stop string. Used by one thread at a time.
 pub struct phd_stream {
     model: Arc<Model>,
     decoder: StreamDecoder,
+    /// What the last call made; kept for its memory.
+    text: String,
 }
 
 /// Creates a streaming detokenizer. On failure `*out` is as it was.
@@ -102,13 +130,66 @@ pub unsafe extern "C" fn phd_stream_create(
         // SAFETY: the C contract.
         let (model, out) = unsafe { (borrow(model, "model")?, output(out, "out")?) };
         tokenizer(&model.model)?;
-        out.write(Box::into_raw(Box::new(phd_stream { model: model.model.clone(), decoder: StreamDecoder::new() })));
+        let stream =
+            phd_stream { model: model.model.clone(), decoder: StreamDecoder::new(), text: String::with_capacity(64) };
+        out.write(Box::into_raw(Box::new(stream)));
         Ok(())
     })
 }
 
-/// Passes one token and writes the whole characters that it completes, `*len` bytes of UTF-8, not terminated. With
-/// `PHD_ERROR_BUFFER_TOO_SMALL` the token has not been taken.
+/// The stream behind a handle, before its text begins.
+///
+/// # Safety
+/// `stream` is null or a live handle that no other thread uses.
+unsafe fn fresh<'a>(stream: *mut phd_stream) -> Result<&'a mut phd_stream> {
+    // SAFETY: the caller's promise.
+    let stream = unsafe { stream.as_mut() }.ok_or_else(|| invalid!("stream is null"))?;
+    match stream.decoder.is_fresh() {
+        true => Ok(stream),
+        false => Err(invalid!("stream is within a text: phd_stream_finish ends it")),
+    }
+}
+
+/// Adds a stop string, `len` bytes of UTF-8, 1 to 1024; 64 at most. The text ends before the stop string that is complete
+/// first; of several that end together, before the longest. Between texts only. Stop strings stay when a text ends.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn phd_stream_add_stop(
+    stream: *mut phd_stream,
+    stop: *const c_char,
+    len: usize,
+    error: *mut *mut phd_error,
+) -> phd_status {
+    guard(error, || {
+        // SAFETY: the C contract.
+        let (stream, stop) = unsafe { (fresh(stream)?, input(stop.cast::<u8>(), len, "stop")?) };
+        let stop = std::str::from_utf8(stop)
+            .map_err(|e| invalid!("stop is not UTF-8: byte {} is no part of a character", e.valid_up_to()))?;
+        let mut stops: Vec<&str> =
+            stream.decoder.stops().into_iter().flat_map(StopStrings::stops).map(|s| &**s).collect();
+        stops.push(stop);
+        let stops = StopStrings::new(&stops)?;
+        stream.decoder = std::mem::take(&mut stream.decoder).with_stops(Arc::new(stops));
+        Ok(())
+    })
+}
+
+/// Spells control tokens out (true) or leaves them out (false, as at first). Between texts only.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn phd_stream_set_special(
+    stream: *mut phd_stream,
+    special: bool,
+    error: *mut *mut phd_error,
+) -> phd_status {
+    guard(error, || {
+        // SAFETY: the C contract.
+        let stream = unsafe { fresh(stream)? };
+        stream.decoder = std::mem::take(&mut stream.decoder).with_special(special);
+        Ok(())
+    })
+}
+
+/// Passes one token and writes the text that it completes, `*len` bytes of whole characters of UTF-8, not terminated.
+/// After a stop string there is no more text. With `PHD_ERROR_BUFFER_TOO_SMALL` the token has not been taken.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn phd_stream_push(
     stream: *mut phd_stream,
@@ -118,11 +199,33 @@ pub unsafe extern "C" fn phd_stream_push(
     len: *mut usize,
     error: *mut *mut phd_error,
 ) -> phd_status {
+    let push =
+        |decoder: &mut StreamDecoder, tokenizer: &Tokenizer, out: &mut String| decoder.push(tokenizer, id(token)?, out);
     // SAFETY: the C contract.
-    unsafe { stream_text(stream, text, capacity, len, error, |d, t, out| d.push(t, id(token)?, out)) }
+    unsafe { stream_text(stream, text, capacity, len, error, push) }
 }
 
-/// Ends the text: an incomplete character becomes U+FFFD. The stream can then begin another.
+/// Which stop string ended the text, counted in the order in which they were added, or -1; and the bytes of text written so
+/// far, which after a stop string are those before it.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn phd_stream_stop(
+    stream: *const phd_stream,
+    stop: *mut i32,
+    n_bytes: *mut u64,
+    error: *mut *mut phd_error,
+) -> phd_status {
+    guard(error, || {
+        // SAFETY: the C contract.
+        let (stream, stop, n_bytes) =
+            unsafe { (borrow(stream, "stream")?, output(stop, "stop")?, output(n_bytes, "n_bytes")?) };
+        stop.write(stream.decoder.stop().map_or(-1, |stop| stop as i32));
+        n_bytes.write(stream.decoder.n_bytes());
+        Ok(())
+    })
+}
+
+/// Ends the text: an incomplete character becomes U+FFFD, and what was held back for a stop string is written. The stream
+/// can then begin another text.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn phd_stream_finish(
     stream: *mut phd_stream,
@@ -133,7 +236,7 @@ pub unsafe extern "C" fn phd_stream_finish(
 ) -> phd_status {
     let finish = |decoder: &mut StreamDecoder, _: &Tokenizer, out: &mut String| {
         decoder.finish(out);
-        *decoder = StreamDecoder::new();
+        decoder.set_progress(Progress::default());
         Ok(())
     };
     // SAFETY: the C contract.
@@ -154,15 +257,18 @@ unsafe fn stream_text(
 ) -> phd_status {
     guard(error, || {
         // SAFETY: a live handle that no other thread uses.
-        let stream = unsafe { stream.as_mut() }.ok_or_else(|| invalid!("stream is null"))?;
-        let tokenizer =
-            stream.model.tokenizer().ok_or_else(|| Error::Internal("a stream without tokenizer".to_owned()))?;
-        let (mut next, mut out) = (stream.decoder.clone(), String::new());
-        advance(&mut next, tokenizer, &mut out)?;
-        // SAFETY: the caller's buffer and length.
-        unsafe { copy_out(out.as_bytes(), text, capacity, len, "text") }?;
-        stream.decoder = next;
-        Ok(())
+        let phd_stream { model, decoder, text: out } =
+            unsafe { stream.as_mut() }.ok_or_else(|| invalid!("stream is null"))?;
+        let tokenizer = model.tokenizer().ok_or_else(|| Error::Internal("a stream without tokenizer".to_owned()))?;
+        let before = decoder.progress();
+        out.clear();
+        let result = advance(decoder, tokenizer, out)
+            // SAFETY: the caller's buffer and length.
+            .and_then(|()| unsafe { copy_out(out.as_bytes(), text, capacity, len, "text") });
+        if result.is_err() {
+            decoder.set_progress(before);
+        }
+        result
     })
 }
 
@@ -176,4 +282,129 @@ pub unsafe extern "C" fn phd_stream_free(stream: *mut phd_stream) {
         }
         Ok(())
     });
+}
+
+/// A conversation to render. Texts are JSON by length; null with length 0 leaves one out.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct phd_chat_params {
+    pub struct_size: usize,
+    /// A list of objects, usually with `role` and `content`.
+    pub messages: *const c_char,
+    pub messages_len: usize,
+    /// A list of objects that describe functions.
+    pub tools: *const c_char,
+    pub tools_len: usize,
+    /// A list of objects with `title` and `text`.
+    pub documents: *const c_char,
+    pub documents_len: usize,
+    /// An object: variables of the template's own, such as `{"enable_thinking": false}`.
+    pub variables: *const c_char,
+    pub variables_len: usize,
+    /// Jinja instead of the checkpoint's template.
+    pub source: *const c_char,
+    pub source_len: usize,
+    /// The name of one of the checkpoint's templates. By default "tool_use" if there is one and tools are given, else
+    /// "default".
+    pub name: *const c_char,
+    pub name_len: usize,
+    /// What the template takes for the time, in seconds since 1970 as a clock on the wall shows it; 0: now, in UTC.
+    pub now: i64,
+    /// Not 0: ends the text with the beginning of the model's turn.
+    pub add_generation_prompt: u32,
+    /// 0.
+    pub reserved: u32,
+}
+
+// SAFETY: repr(C), struct_size first, numbers and pointers only.
+unsafe impl Versioned for phd_chat_params {
+    const NAME: &'static str = "phd_chat_params";
+
+    fn defaults() -> Self {
+        let (text, len) = (std::ptr::null(), 0);
+        phd_chat_params {
+            struct_size: size_of::<Self>(),
+            messages: text,
+            messages_len: len,
+            tools: text,
+            tools_len: len,
+            documents: text,
+            documents_len: len,
+            variables: text,
+            variables_len: len,
+            source: text,
+            source_len: len,
+            name: text,
+            name_len: len,
+            now: 0,
+            add_generation_prompt: 1,
+            reserved: 0,
+        }
+    }
+}
+
+/// Writes the defaults into `params`; `struct_size` is `sizeof(phd_chat_params)`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn phd_chat_params_init(params: *mut phd_chat_params, struct_size: usize) {
+    // SAFETY: the C contract.
+    unsafe { params::init(params, struct_size) }
+}
+
+/// The text that a conversation is for the model, `*len` bytes of UTF-8, not terminated: what transformers'
+/// `apply_chat_template` makes of it. The template writes the begin token itself: phd_tokenize it with
+/// `PHD_TOKENIZE_PARSE_SPECIAL` alone. Sizes are handled as in phd_tokenize; asking for the size renders, too.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn phd_chat_render(
+    model: *const phd_model,
+    params: *const phd_chat_params,
+    text: *mut c_char,
+    capacity: usize,
+    len: *mut usize,
+    error: *mut *mut phd_error,
+) -> phd_status {
+    guard(error, || {
+        // SAFETY: the C contract.
+        let (model, p) = unsafe { (borrow(model, "model")?, params::read::<phd_chat_params>(params)?) };
+        // SAFETY: the texts that `params` points to, by the C contract.
+        let rendered = unsafe { render(tokenizer(&model.model)?, &p) }?;
+        // SAFETY: the C contract.
+        unsafe { copy_out(rendered.as_bytes(), text, capacity, len, "text") }
+    })
+}
+
+/// # Safety
+/// Each text of `p` is null or readable for its length.
+unsafe fn render(tokenizer: &Tokenizer, p: &phd_chat_params) -> Result<String> {
+    // SAFETY: the caller's promise.
+    let bytes = |text: *const c_char, len, name| unsafe { input(text.cast::<u8>(), len, name) };
+    let json = |text, len, name| match bytes(text, len, name)? {
+        [] => Ok(Json::Null),
+        text => parse_json(text, name),
+    };
+    let utf8 = |text, len, name| {
+        std::str::from_utf8(bytes(text, len, name)?)
+            .map_err(|e| invalid!("{name} is not UTF-8: byte {} is no part of a character", e.valid_up_to()))
+    };
+    let messages = json(p.messages, p.messages_len, "messages")?;
+    let tools = json(p.tools, p.tools_len, "tools")?;
+    let documents = json(p.documents, p.documents_len, "documents")?;
+    let variables = json(p.variables, p.variables_len, "variables")?;
+    if !matches!(variables, Json::Null | Json::Object(_)) {
+        return Err(invalid!("variables is no object"));
+    }
+    let (source, name) = (utf8(p.source, p.source_len, "source")?, utf8(p.name, p.name_len, "name")?);
+    let source = match source.is_empty() {
+        true => tokenizer.choose_chat_template(Some(name).filter(|n| !n.is_empty()), !tools.is_null())?,
+        false => source,
+    };
+    ChatTemplate::new(source)?.render(&Conversation {
+        tools: Some(&tools),
+        documents: Some(&documents),
+        variables: variables.as_object(),
+        add_generation_prompt: p.add_generation_prompt != 0,
+        bos: &tokenizer.spelling(tokenizer.bos()),
+        eos: &tokenizer.spelling(tokenizer.eos()),
+        now: Some(p.now).filter(|&now| now != 0),
+        ..Conversation::new(&messages)
+    })
 }

@@ -1,12 +1,13 @@
 //! Vocabularies of GGUF files.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use serde_json::json;
 use tokenizers::Tokenizer as HubTokenizer;
 
 use super::sentencepiece::{CONTROL, SentencePiece, UNKNOWN, USER_DEFINED};
-use super::{Encoder, Spelling, Token, Tokenizer};
+use super::{DEFAULT_TEMPLATE, Encoder, Spelling, Token, Tokenizer};
 use crate::checkpoint::gguf::Metadata;
 use crate::error::{Error, Result, unsupported};
 
@@ -32,6 +33,8 @@ pub struct GgufVocab {
     pub add_eos: Option<bool>,
     pub add_space_prefix: Option<bool>,
     pub chat_template: Option<String>,
+    /// `tokenizer.chat_template.NAME`, by name.
+    pub named_chat_templates: BTreeMap<String, String>,
 }
 
 impl GgufVocab {
@@ -58,8 +61,17 @@ impl GgufVocab {
             add_eos: m.bool("tokenizer.ggml.add_eos_token")?,
             add_space_prefix: m.bool("tokenizer.ggml.add_space_prefix")?,
             chat_template: m.str("tokenizer.chat_template")?.map(str::to_owned),
+            named_chat_templates: named_chat_templates(m)?,
         }))
     }
+}
+
+fn named_chat_templates(m: &Metadata) -> Result<BTreeMap<String, String>> {
+    let names = m.iter().filter_map(|(key, _)| key.strip_prefix("tokenizer.chat_template."));
+    names
+        .map(|name| Ok((name, m.str(&format!("tokenizer.chat_template.{name}"))?)))
+        .filter_map(|named| named.map(|(name, source)| Some((name.to_owned(), source?.to_owned()))).transpose())
+        .collect()
 }
 
 const GPT2_WORDS: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+";
@@ -163,6 +175,8 @@ impl Tokenizer {
             })
             .collect();
         let (bos, eos) = (vocab.bos.or(defaults.0), vocab.eos.or(defaults.1));
+        let mut chat_templates = vocab.named_chat_templates;
+        chat_templates.extend(vocab.chat_template.map(|template| (DEFAULT_TEMPLATE.to_owned(), template)));
         let mut tokenizer = Tokenizer {
             encoder,
             tokens,
@@ -171,7 +185,7 @@ impl Tokenizer {
             add_bos: vocab.add_bos.unwrap_or(add_bos),
             add_eos: vocab.add_eos.unwrap_or(false),
             ends: [eos, vocab.eot, vocab.eom].into_iter().flatten().collect(),
-            chat_template: vocab.chat_template,
+            chat_templates,
             has_space_prefix: spelling == Spelling::Pieces && vocab.add_space_prefix.unwrap_or(true),
         };
         tokenizer.finish_ends();

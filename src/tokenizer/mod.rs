@@ -3,8 +3,10 @@
 pub mod chat;
 mod gguf;
 mod sentencepiece;
+mod stop;
 mod stream;
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use serde_json::Value as Json;
@@ -13,6 +15,8 @@ use tokenizers::Tokenizer as HubTokenizer;
 pub use gguf::GgufVocab;
 pub(crate) use gguf::{is_byte_piece, is_known_pre, pre_of_pattern};
 use sentencepiece::SentencePiece;
+pub use stop::{MAX_STOP_BYTES, MAX_STOPS, StopStrings};
+pub(crate) use stream::Progress;
 pub use stream::{StreamDecoder, Utf8Stream};
 
 use crate::checkpoint::HubFiles;
@@ -54,10 +58,14 @@ pub struct Tokenizer {
     add_eos: bool,
     /// Ids that end a generation.
     ends: Vec<u32>,
-    chat_template: Option<String>,
+    /// By name; the one that is meant unless another is asked for is called "default".
+    chat_templates: BTreeMap<String, String>,
     /// SentencePiece puts a space before a text; decoding takes it away again.
     has_space_prefix: bool,
 }
+
+const DEFAULT_TEMPLATE: &str = "default";
+const TOOL_TEMPLATE: &str = "tool_use";
 
 /// Texts of tokens that end a turn or a document in the families that are served, whatever the file calls them.
 const END_TEXTS: [&str; 8] =
@@ -108,12 +116,18 @@ impl Tokenizer {
             };
             ends.extend(ids.iter().filter_map(|id| u32::try_from(id.as_u64()?).ok()));
         }
-        let template = files.chat_template.clone().or_else(|| match &tokenizer_config?["chat_template"] {
-            Json::String(s) => Some(s.clone()),
-            // Several named templates: the default one.
-            Json::Array(list) => list.iter().find(|t| t["name"] == "default")?["template"].as_str().map(str::to_owned),
-            _ => None,
-        });
+        let mut chat_templates = BTreeMap::new();
+        match tokenizer_config.map(|config| &config["chat_template"]) {
+            Some(Json::String(template)) => {
+                chat_templates.insert(DEFAULT_TEMPLATE.to_owned(), template.clone());
+            }
+            Some(Json::Array(list)) => chat_templates.extend(
+                list.iter().filter_map(|t| Some((t["name"].as_str()?.to_owned(), t["template"].as_str()?.to_owned()))),
+            ),
+            _ => {}
+        }
+        // Files of their own take precedence.
+        chat_templates.extend(files.chat_templates.clone());
         let mut plain = parsing.clone();
         plain.set_encode_special_tokens(true);
         let encoder = Encoder::Hub { parsing: Box::new(parsing), plain: Box::new(plain) };
@@ -126,7 +140,7 @@ impl Tokenizer {
             add_bos: false,
             add_eos: false,
             ends,
-            chat_template: template,
+            chat_templates,
             has_space_prefix: spelling == Spelling::Pieces,
         };
         t.finish_ends();
@@ -185,6 +199,12 @@ impl Tokenizer {
         Ok(if token.is_control && !special { &[] } else { &token.bytes })
     }
 
+    /// How a token is spelled in a template; empty for none.
+    pub fn spelling(&self, id: Option<u32>) -> String {
+        let bytes = id.and_then(|id| self.token_bytes(id, true).ok()).unwrap_or_default();
+        String::from_utf8_lossy(bytes).into_owned()
+    }
+
     /// The bytes of a text. Control tokens are left out.
     pub fn decode(&self, ids: &[u32]) -> Result<Vec<u8>> {
         let mut out = Vec::new();
@@ -228,7 +248,31 @@ impl Tokenizer {
     }
 
     pub fn chat_template(&self) -> Option<&str> {
-        self.chat_template.as_deref()
+        self.chat_templates.get(DEFAULT_TEMPLATE).map(String::as_str)
+    }
+
+    /// The template of that name; without a name the one called "tool_use" if there is one and tools are given, else the
+    /// default.
+    ///
+    /// # Errors
+    /// `InvalidArgument` naming the templates that there are.
+    pub fn choose_chat_template(&self, name: Option<&str>, has_tools: bool) -> Result<&str> {
+        let name = name.unwrap_or(match has_tools && self.chat_templates.contains_key(TOOL_TEMPLATE) {
+            true => TOOL_TEMPLATE,
+            false => DEFAULT_TEMPLATE,
+        });
+        self.chat_templates.get(name).map(String::as_str).ok_or_else(|| {
+            let names: Vec<&str> = self.chat_templates().map(|(name, _)| name).collect();
+            match names.is_empty() {
+                true => invalid!("the checkpoint has no chat template"),
+                false => invalid!("the checkpoint has no chat template called {name}, but {}", names.join(", ")),
+            }
+        })
+    }
+
+    /// Names and sources.
+    pub fn chat_templates(&self) -> impl Iterator<Item = (&str, &str)> {
+        self.chat_templates.iter().map(|(name, source)| (name.as_str(), source.as_str()))
     }
 }
 

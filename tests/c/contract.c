@@ -222,6 +222,70 @@ static void sessions(const char *golden) {
   phd_session_free(other);
 }
 
+static void set(const char **text, size_t *len, const char *value) {
+  *text = value;
+  *len = value == NULL ? 0 : strlen(value);
+}
+
+/* A model without a chat template, and templates given with the call. */
+static void chat(const phd_model *model) {
+  phd_chat_params params;
+  char buffer[256], deep[400];
+  const char *expected = "user: Hi caf\xc3\xa9|[{\"type\": \"function\"}]|yes|";
+  size_t length = 0;
+  phd_chat_params_init(&params, sizeof params);
+  INVALID("no chat template", phd_chat_render(model, NULL, buffer, sizeof buffer, &length, &error));
+  set(&params.messages, &params.messages_len, "[{\"role\": \"user\", \"content\": \"Hi caf\xc3\xa9\", \"name\": null}]");
+  INVALID("no chat template", phd_chat_render(model, &params, buffer, sizeof buffer, &length, &error));
+  set(&params.source, &params.source_len,
+      "{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}|{{ tools|tojson }}|{{ 'yes' if flag }}|"
+      "{{ 'name' in messages[0] and 'never' or '' }}{{ raise_exception('refused: ' ~ refuse) if refuse }}");
+  set(&params.tools, &params.tools_len, "[{\"type\": \"function\"}]");
+  set(&params.variables, &params.variables_len, "{\"flag\": true}");
+  EXPECT(PHD_ERROR_BUFFER_TOO_SMALL, "", phd_chat_render(model, &params, NULL, 0, &length, &error));
+  CHECK(length == strlen(expected));
+  OK(phd_chat_render(model, &params, buffer, sizeof buffer, &length, &error));
+  CHECK(length == strlen(expected) && memcmp(buffer, expected, length) == 0);
+  set(&params.variables, &params.variables_len, "{\"refuse\": \"so\"}");
+  INVALID("refused: so", phd_chat_render(model, &params, buffer, sizeof buffer, &length, &error));
+  set(&params.variables, &params.variables_len, "{\"messages\": 1}");
+  INVALID("variables.messages", phd_chat_render(model, &params, buffer, sizeof buffer, &length, &error));
+  set(&params.variables, &params.variables_len, "[]");
+  INVALID("variables is no object", phd_chat_render(model, &params, buffer, sizeof buffer, &length, &error));
+  set(&params.variables, &params.variables_len, "{\"a\": }");
+  INVALID("variables is not JSON: expected value at line 1 column 7",
+          phd_chat_render(model, &params, buffer, sizeof buffer, &length, &error));
+  memset(deep, '[', sizeof deep);
+  params.variables = deep;
+  params.variables_len = sizeof deep;
+  INVALID("variables is not JSON: recursion limit", phd_chat_render(model, &params, buffer, sizeof buffer, &length, &error));
+  set(&params.variables, &params.variables_len, NULL);
+  set(&params.tools, &params.tools_len, "[1]");
+  INVALID("tools[0] is no object", phd_chat_render(model, &params, buffer, sizeof buffer, &length, &error));
+  memset(deep, '[', 80);
+  memset(deep + 80, ']', 80);
+  snprintf(buffer, sizeof buffer, "[{\"content\": %.160s}]", deep);
+  set(&params.messages, &params.messages_len, buffer);
+  set(&params.tools, &params.tools_len, NULL);
+  INVALID("messages[0].content nests", phd_chat_render(model, &params, NULL, 0, &length, &error));
+  set(&params.messages, &params.messages_len, "[]");
+  INVALID("messages is empty", phd_chat_render(model, &params, NULL, 0, &length, &error));
+  set(&params.messages, &params.messages_len, "[\"\xff\"]");
+  INVALID("messages is not JSON", phd_chat_render(model, &params, NULL, 0, &length, &error));
+  set(&params.messages, &params.messages_len, "[7]");
+  INVALID("messages[0] is no object", phd_chat_render(model, &params, NULL, 0, &length, &error));
+  set(&params.messages, &params.messages_len, "[{}]");
+  set(&params.source, &params.source_len, "{{ 1 + }}");
+  INVALID("does not compile", phd_chat_render(model, &params, NULL, 0, &length, &error));
+  set(&params.source, &params.source_len, "{{ 'x' * 999999999 }}");
+  INVALID("out of fuel", phd_chat_render(model, &params, NULL, 0, &length, &error));
+  params.messages = NULL;
+  INVALID("messages is null", phd_chat_render(model, &params, NULL, 0, &length, &error));
+  INVALID("model", phd_chat_render(NULL, &params, NULL, 0, &length, &error));
+  params.struct_size = 1;
+  INVALID("struct_size", phd_chat_render(model, &params, NULL, 0, &length, &error));
+}
+
 static void text(const char *demo) {
   phd_model *model = NULL;
   phd_stream *stream = NULL;
@@ -259,7 +323,55 @@ static void text(const char *demo) {
   OK(phd_token_is_end(model, 0, &is_end, &error));
   CHECK(is_end);
   INVALID("stream", phd_stream_push(NULL, 0, buffer, 1, &length, &error));
+
+  /* Bytes of tokens, and control tokens. */
+  uint8_t bytes[16];
+  OK(phd_token_bytes(model, tokens[0], false, bytes, sizeof bytes, &length, &error));
+  CHECK(length > 0 && length < 16 && memcmp(bytes, prompt, length) == 0);
+  EXPECT(PHD_ERROR_BUFFER_TOO_SMALL, "", phd_token_bytes(model, tokens[0], false, NULL, 0, &length, &error));
+  CHECK(length > 0);
+  OK(phd_token_bytes(model, 0, false, NULL, 0, &length, &error));
+  CHECK(length == 0);
+  EXPECT(PHD_ERROR_BUFFER_TOO_SMALL, "", phd_token_bytes(model, 0, true, NULL, 0, &length, &error));
+  CHECK(length > 0);
+  INVALID("1048576", phd_token_bytes(model, 1 << 20, true, bytes, sizeof bytes, &length, &error));
+  INVALID("-1", phd_token_bytes(model, -1, true, bytes, sizeof bytes, &length, &error));
+  INVALID("model", phd_token_bytes(NULL, 0, true, bytes, sizeof bytes, &length, &error));
+
+  /* Stop strings: the text ends before "beginning", whatever the tokens are; a small buffer changes nothing. */
+  int32_t stop = 7;
+  uint64_t n_bytes = 7;
+  INVALID("0 bytes", phd_stream_add_stop(stream, "", 0, &error));
+  INVALID("null", phd_stream_add_stop(stream, NULL, 3, &error));
+  INVALID("UTF-8", phd_stream_add_stop(stream, "\xff", 1, &error));
+  INVALID("stream", phd_stream_add_stop(NULL, "a", 1, &error));
+  OK(phd_stream_add_stop(stream, "never", 5, &error));
+  OK(phd_stream_add_stop(stream, "beginning", 9, &error));
+  OK(phd_stream_stop(stream, &stop, &n_bytes, &error));
+  CHECK(stop == -1 && n_bytes == 0);
+  total = 0;
+  for (size_t i = 0; i < n; i++) {
+    phd_status status = phd_stream_push(stream, tokens[i], NULL, 0, &length, NULL);
+    if (status == PHD_ERROR_BUFFER_TOO_SMALL) {
+      OK(phd_stream_push(stream, tokens[i], buffer + total, sizeof buffer - total, &length, &error));
+      total += length;
+    } else {
+      CHECK(status == PHD_OK && length == 0);
+    }
+  }
+  OK(phd_stream_stop(stream, &stop, &n_bytes, &error));
+  CHECK(stop == 1 && n_bytes == total && total == 7 && memcmp(buffer, "In the ", total) == 0);
+  INVALID("within a text", phd_stream_add_stop(stream, "x", 1, &error));
+  INVALID("within a text", phd_stream_set_special(stream, true, &error));
+  INVALID("n_bytes", phd_stream_stop(stream, &stop, NULL, &error));
+  INVALID("stream", phd_stream_stop(NULL, &stop, &n_bytes, &error));
+  OK(phd_stream_finish(stream, NULL, 0, &length, &error));
+  OK(phd_stream_set_special(stream, true, &error));
+  OK(phd_stream_push(stream, 0, buffer, sizeof buffer, &length, &error));
+  CHECK(length > 0);
+  OK(phd_stream_finish(stream, buffer, sizeof buffer, &length, &error));
   phd_stream_free(stream);
+  chat(model);
   phd_model_free(model);
 }
 

@@ -10,9 +10,9 @@ use phd::model::Model;
 use phd::sampling::constraint::{Constraint, TokenEnvironment};
 use phd::sampling::{Sampler, SamplerParams, StageKind};
 use phd::session::Session;
-use phd::tokenizer::chat::ChatTemplate;
-use phd::tokenizer::{StreamDecoder, Tokenizer};
-use serde_json::json;
+use phd::tokenizer::chat::{ChatTemplate, Conversation};
+use phd::tokenizer::{StopStrings, StreamDecoder, Tokenizer};
+use serde_json::{Map, Value as Json, json};
 
 use crate::{Common, Failure, describe_memory, ids, tokenizer};
 
@@ -81,6 +81,9 @@ struct Sampling {
     /// Equal seeds give equal texts
     #[arg(long, default_value_t = 0)]
     seed: u64,
+    /// End the text before this string; may be given several times
+    #[arg(long, value_name = "TEXT")]
+    stop: Vec<String>,
 }
 
 impl Sampling {
@@ -130,6 +133,11 @@ impl Sampling {
             }
         }
         Ok(sampler)
+    }
+
+    /// For text that goes on after the prompt.
+    fn decoder(&self) -> Result<StreamDecoder, Failure> {
+        Ok(StreamDecoder::continuing().with_stops(Arc::new(StopStrings::new(&self.stop)?)))
     }
 }
 
@@ -183,6 +191,7 @@ impl Run {
         if let Some(constraint) = self.constraint(&model)? {
             sampler.set_constraint(constraint)?;
         }
+        let decoder = self.sampling.decoder()?;
         let mut out = std::io::stdout().lock();
         write!(out, "{prompt}")?;
         out.flush()?;
@@ -191,7 +200,7 @@ impl Run {
         let prefill_seconds = begin.elapsed().as_secs_f64();
         tokens.iter().for_each(|&t| sampler.accept_prompt(t as u32));
         let begin = Instant::now();
-        let reply = generate(&mut session, &mut sampler, tokenizer, self.n_predict, &mut out)?;
+        let reply = generate(&mut session, &mut sampler, tokenizer, decoder, self.n_predict, &mut out)?;
         let step_seconds = begin.elapsed().as_secs_f64();
         writeln!(out)?;
         eprintln!(
@@ -220,16 +229,16 @@ fn prefill(session: &mut Session, tokens: &[i32]) -> Result<(), Failure> {
     Ok(result?)
 }
 
-/// Streams tokens until the model ends, `n` are made, or the cache is full; every token but the last is in the session.
+/// Streams tokens until the model ends, a stop string comes, `n` are made, or the cache is full; every token but the last is in the session.
 fn generate(
     session: &mut Session,
     sampler: &mut Sampler,
     tokenizer: &Tokenizer,
+    mut decoder: StreamDecoder,
     n: usize,
     out: &mut dyn Write,
 ) -> Result<Vec<i32>, Failure> {
     let mut reply = Vec::new();
-    let mut decoder = StreamDecoder::continuing();
     let mut text = String::new();
     while reply.len() < n {
         let token = sampler.sample(session.logits(0)?)?;
@@ -242,6 +251,9 @@ fn generate(
         decoder.push(tokenizer, token, &mut text)?;
         out.write_all(text.as_bytes())?;
         out.flush()?;
+        if decoder.stop().is_some() {
+            break;
+        }
         match session.step(0, token as i32) {
             Err(phd::Error::CacheFull { .. }) => {
                 eprint!("\n(the cache is full: --ctx makes it larger)");
@@ -264,11 +276,19 @@ pub struct Chat {
     /// System prompt
     #[arg(long)]
     system: Option<String>,
+    /// Variable of the chat template, such as enable_thinking=false; what is not JSON is text
+    #[arg(long, value_name = "NAME=JSON", value_parser = template_var)]
+    template_var: Vec<(String, Json)>,
     /// Tokens to a reply at most
     #[arg(short, long, default_value_t = 512)]
     n_predict: usize,
     #[command(flatten)]
     sampling: Sampling,
+}
+
+fn template_var(text: &str) -> Result<(String, Json), String> {
+    let (name, value) = text.split_once('=').ok_or("expected NAME=JSON")?;
+    Ok((name.to_owned(), serde_json::from_str(value).unwrap_or_else(|_| json!(value))))
 }
 
 impl Chat {
@@ -277,13 +297,11 @@ impl Chat {
         let tokenizer = tokenizer(&model, &self.common.model)?;
         let source = tokenizer.chat_template().ok_or("the model has no chat template; use phd run")?;
         let template = ChatTemplate::new(source)?;
-        let spelling = |id: Option<u32>| -> Result<String, Failure> {
-            let bytes = id.map(|id| tokenizer.token_bytes(id, true)).transpose()?.unwrap_or_default();
-            Ok(String::from_utf8_lossy(bytes).into_owned())
-        };
-        let (bos, eos) = (spelling(tokenizer.bos())?, spelling(tokenizer.eos())?);
+        let (bos, eos) = (tokenizer.spelling(tokenizer.bos()), tokenizer.spelling(tokenizer.eos()));
+        let variables: Map<String, Json> = self.template_var.iter().cloned().collect();
         let mut session = self.common.session(&model, self.common.n_positions)?;
         let mut sampler = self.sampling.sampler(&model, tokenizer)?;
+        let decoder = self.sampling.decoder()?;
         let mut messages: Vec<_> = self.system.iter().map(|s| json!({"role": "system", "content": s})).collect();
         // What the session holds: each turn prefills only what is new.
         let mut held: Vec<i32> = Vec::new();
@@ -297,7 +315,13 @@ impl Chat {
                 return Ok(());
             }
             messages.push(json!({"role": "user", "content": line.trim_end()}));
-            let text = template.render(&json!(messages), None, true, &bos, &eos)?;
+            let text = template.render(&Conversation {
+                add_generation_prompt: true,
+                bos: &bos,
+                eos: &eos,
+                variables: Some(&variables),
+                ..Conversation::new(&json!(messages))
+            })?;
             // The template writes the begin token itself.
             let tokens = ids(tokenizer.encode(text.as_bytes(), false, true)?);
             let common =
@@ -305,7 +329,7 @@ impl Chat {
             session.truncate(0, common)?;
             prefill(&mut session, &tokens[common..])?;
             let mut shown = Tee { out: &mut out, copy: Vec::new() };
-            let reply = generate(&mut session, &mut sampler, tokenizer, self.n_predict, &mut shown)?;
+            let reply = generate(&mut session, &mut sampler, tokenizer, decoder.clone(), self.n_predict, &mut shown)?;
             let said = String::from_utf8_lossy(&shown.copy).into_owned();
             held = tokens;
             held.extend(reply);
