@@ -54,19 +54,21 @@ pub struct Scratch {
     converted: Vec<f32>, // (head_dim, CHUNK) of keys, then (CHUNK, padded) of values
     scores: Vec<f32>,    // (query, RUN)
     row: Vec<f32>,       // (head_dim)
+    gathered: Vec<u8>,   // 16 keys from narrow granules
 }
 
 impl Scratch {
-    pub fn new(queries: usize, head_dim: usize) -> Scratch {
+    pub fn new(queries: usize, head_dim: usize, gathered_bytes: usize) -> Scratch {
         Scratch {
             converted: vec![0.0; padded(head_dim) * CHUNK],
             scores: vec![0.0; queries * RUN],
             row: vec![0.0; head_dim],
+            gathered: vec![0; gathered_bytes],
         }
     }
 
     pub fn bytes(&self) -> usize {
-        4 * (self.converted.len() + self.scores.len() + self.row.len())
+        4 * (self.converted.len() + self.scores.len() + self.row.len()) + self.gathered.len()
     }
 }
 
@@ -211,21 +213,15 @@ unsafe fn softmax_step<S: Simd>(scores: &mut [f32], max: &mut f32, sum: &mut f32
 unsafe fn load_keys<S: Simd>(a: &mut Attend, from: usize, count: usize) {
     let dim = a.head_dim;
     let first = a.head * dim;
-    let Scratch { converted, row: temporary, .. } = &mut *a.scratch;
+    let Scratch { converted, row: temporary, gathered, .. } = &mut *a.scratch;
     // SAFETY: `converted` is (dim, CHUNK) or more, count <= CHUNK.
     unsafe {
         let keys = converted.as_mut_ptr();
         match a.source {
             Source::Stored { k, blocks, rows_per_block, .. } => {
                 for i in (0..count).step_by(GRANULE) {
-                    let row = cache_row(blocks, rows_per_block, from + i);
-                    if rows_per_block.is_multiple_of(GRANULE) && k.is_whole(row) {
-                        k.read::<S>(row, first, dim, keys.add(i), CHUNK);
-                        continue;
-                    }
-                    for j in i..(i + GRANULE).min(count) {
-                        k.read_row(cache_row(blocks, rows_per_block, from + j), first, dim, keys.add(j), CHUNK);
-                    }
+                    let row = |key| cache_row(blocks, rows_per_block, from + i + key);
+                    k.read::<S>(row, (count - i).min(GRANULE), first, dim, keys.add(i), CHUNK, gathered);
                 }
             }
             Source::Hidden { .. } => {

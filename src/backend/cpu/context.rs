@@ -101,18 +101,20 @@ impl CpuContext {
         let natural = |n: usize| Ok::<_, Error>((rows_of(n)?, rows_of(n)?));
         let cached = || {
             let n = layout.cache_rows();
-            Ok::<_, Error>((Granules::new(kind, n, h.kv_dim(), h.head_dim)?, rows_of(n)?))
+            let rows_per_block = layout.block * layout.stored_copies;
+            Ok::<_, Error>((Granules::new(kind, n, rows_per_block, h.kv_dim(), h.head_dim)?, rows_of(n)?))
         };
         let scratch = |rows: usize, width: usize| Shared::new("scratch", rows, width);
         let group = h.n_heads / h.n_kv_heads;
         let queries = tile_rows(group) * group;
         let widest = h.n_embd.max(h.n_ff).max(h.q_dim());
         let width = padded(h.head_dim);
+        let gathered = Granules::gathered_bytes(kind, h.kv_dim(), h.head_dim);
         let own = || Own {
             row: vec![0.0; widest.max(h.kv_dim())],
             convert: vec![0.0; model.convert_scratch],
             encoded: vec![0; kind.row_bytes(h.kv_dim())],
-            attention: attention::Scratch::new(queries, h.head_dim),
+            attention: attention::Scratch::new(queries, h.head_dim, gathered),
             queries: vec![0.0; queries * h.head_dim],
             sight: vec![(0, 0); queries],
             max: vec![0.0; queries],
