@@ -433,7 +433,7 @@ impl Granules {
     ///
     /// # Safety
     /// Nobody writes the granule meanwhile.
-    #[inline(always)]
+    #[inline(never)] // it would crowd the loops of whole granules
     unsafe fn gather(&self, row: usize, part: usize, lane: usize, to: &mut [u8]) {
         let lanes = self.lanes;
         // SAFETY: the caller's; the slice checks the bounds.

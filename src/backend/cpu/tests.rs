@@ -77,8 +77,8 @@ fn prepare_one(tensor: &TensorView, prefer_ggml: bool) -> Matrix {
 
 fn multiply(kernels: &Kernels, matrix: &Matrix, x: &[Vec<f32>]) -> Vec<Vec<f32>> {
     let n = x.len();
-    let activations = Activations::new(n, matrix.n_in, matrix.uses_ggml()).unwrap();
     let needs = Needs::of(&[matrix]);
+    let activations = Activations::new(n, matrix.n_in, &needs).unwrap();
     let mut out = vec![vec![f32::NAN; matrix.n_out]; n];
     // SAFETY: these kernels are this CPU's; one thread.
     unsafe {
@@ -405,7 +405,9 @@ fn attention_is_right_for_every_cache() {
                     (100, 100 + c.hidden),
                 ),
             ];
-            let queries: Vec<f32> = (0..c.queries * c.head_dim).map(|_| noise.float() * 2.0).collect();
+            // As scaled by 1 / sqrt(head_dim): scores of some -10 to 10 for every size of head.
+            let size = 9.0 / (c.head_dim as f32).sqrt();
+            let queries: Vec<f32> = (0..c.queries * c.head_dim).map(|_| noise.float() * size).collect();
             for (which, (source, (low, high))) in sources.into_iter().enumerate() {
                 let sight: Vec<(u32, u32)> = (0..c.queries)
                     .map(|q| {
