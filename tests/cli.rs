@@ -104,6 +104,25 @@ fn info_and_bench_report() {
     assert!(table.contains(json["backend"].as_str().unwrap()) && table.contains("GB/s"), "{table}");
 }
 
+/// More threads than the process may use would only wait for each other, whatever is asked for.
+#[cfg(target_os = "linux")]
+#[test]
+fn threads_stay_within_the_affinity() {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let allowed = status.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:")).unwrap().trim();
+    let first = allowed.split([',', '-']).next().unwrap();
+    for asked in ["0", "8"] {
+        let model = common::demo_model();
+        let output = Command::new("taskset")
+            .args(["-c", first, env!("CARGO_BIN_EXE_phd"), "bench", model.to_str().unwrap(), "--threads", asked])
+            .args(["--prompt", "8", "--context", "8", "--steps", "1", "--copies-list", "1", "--json"])
+            .output()
+            .unwrap();
+        let json: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+        assert_eq!(json["threads"], 1, "asked for {asked}");
+    }
+}
+
 #[test]
 fn mistakes_are_explained() {
     for (arguments, code, word) in [

@@ -54,19 +54,21 @@ pub struct Scratch {
     converted: Vec<f32>, // (head_dim, CHUNK) of keys, then (CHUNK, padded) of values
     scores: Vec<f32>,    // (query, RUN)
     row: Vec<f32>,       // (head_dim)
+    gathered: Vec<u8>,   // 16 keys from narrow granules
 }
 
 impl Scratch {
-    pub fn new(queries: usize, head_dim: usize) -> Scratch {
+    pub fn new(queries: usize, head_dim: usize, gathered_bytes: usize) -> Scratch {
         Scratch {
             converted: vec![0.0; padded(head_dim) * CHUNK],
             scores: vec![0.0; queries * RUN],
             row: vec![0.0; head_dim],
+            gathered: vec![0; gathered_bytes],
         }
     }
 
     pub fn bytes(&self) -> usize {
-        4 * (self.converted.len() + self.scores.len() + self.row.len())
+        4 * (self.converted.len() + self.scores.len() + self.row.len()) + self.gathered.len()
     }
 }
 
@@ -190,12 +192,11 @@ unsafe fn softmax_step<S: Simd>(scores: &mut [f32], max: &mut f32, sum: &mut f32
             S::store(p.add(i), e);
         }
         if new > *max {
-            let mut shrink = [0.0f32; 16];
-            S::store(shrink.as_mut_ptr(), S::exp(S::splat(*max - new)));
-            *sum *= shrink[0];
+            let shrink = exp::<S>(*max - new);
+            *sum *= shrink;
             for i in (0..acc.len()).step_by(S::LANES) {
                 let at = acc.as_mut_ptr().add(i);
-                S::store(at, S::mul(S::load(at), S::splat(shrink[0])));
+                S::store(at, S::mul(S::load(at), S::splat(shrink)));
             }
             *max = new;
         }
@@ -211,21 +212,15 @@ unsafe fn softmax_step<S: Simd>(scores: &mut [f32], max: &mut f32, sum: &mut f32
 unsafe fn load_keys<S: Simd>(a: &mut Attend, from: usize, count: usize) {
     let dim = a.head_dim;
     let first = a.head * dim;
-    let Scratch { converted, row: temporary, .. } = &mut *a.scratch;
+    let Scratch { converted, row: temporary, gathered, .. } = &mut *a.scratch;
     // SAFETY: `converted` is (dim, CHUNK) or more, count <= CHUNK.
     unsafe {
         let keys = converted.as_mut_ptr();
         match a.source {
             Source::Stored { k, blocks, rows_per_block, .. } => {
                 for i in (0..count).step_by(GRANULE) {
-                    let row = cache_row(blocks, rows_per_block, from + i);
-                    if rows_per_block.is_multiple_of(GRANULE) && k.is_whole(row) {
-                        k.read::<S>(row, first, dim, keys.add(i), CHUNK);
-                        continue;
-                    }
-                    for j in i..(i + GRANULE).min(count) {
-                        k.read_row(cache_row(blocks, rows_per_block, from + j), first, dim, keys.add(j), CHUNK);
-                    }
+                    let row = |key| cache_row(blocks, rows_per_block, from + i + key);
+                    k.read::<S>(row, (count - i).min(GRANULE), first, dim, keys.add(i), CHUNK, gathered);
                 }
             }
             Source::Hidden { .. } => {
@@ -422,44 +417,48 @@ impl Block {
     }
 }
 
-/// A running total over a query's parts: `[padded]` sums of values, the largest score, the sum of exponentials.
-pub struct Merge<'a> {
-    total: &'a mut [f32],
+/// Adds a part to a running total over a query's parts: `[padded]` sums of values, then the largest score and the sum of
+/// exponentials. A total begins as zeros and a largest score of -infinity ([`begin`]).
+///
+/// # Safety
+/// The CPU has `S`.
+#[inline(always)]
+pub unsafe fn merge<S: Simd>(total: &mut [f32], max: f32, sum: f32, acc: &[f32]) {
+    if max == f32::NEG_INFINITY {
+        return; // it saw nothing here
+    }
+    let (total, [total_max, total_sum]) = total.split_last_chunk_mut().expect("two more than padded");
+    if *total_max == f32::NEG_INFINITY {
+        total.copy_from_slice(acc);
+        (*total_max, *total_sum) = (max, sum);
+        return;
+    }
+    let new = total_max.max(max);
+    // SAFETY: the caller's.
+    let (before, here) = unsafe { (exp::<S>(*total_max - new), exp::<S>(max - new)) };
+    total.iter_mut().zip(acc).for_each(|(total, part)| *total = *total * before + part * here);
+    *total_sum = *total_sum * before + sum * here;
+    *total_max = new;
 }
 
-impl<'a> Merge<'a> {
-    /// Goes on with a total, or begins one.
-    pub fn resume(total: &'a mut [f32], begin: bool) -> Merge<'a> {
-        if begin {
-            total.fill(0.0);
-            total[total.len() - 2] = f32::NEG_INFINITY;
-        }
-        Merge { total }
-    }
+pub fn begin(total: &mut [f32]) {
+    total.fill(0.0);
+    total[total.len() - 2] = f32::NEG_INFINITY;
+}
 
-    pub fn add(&mut self, max: f32, sum: f32, acc: &[f32]) {
-        if max == f32::NEG_INFINITY {
-            return; // it saw nothing here
-        }
-        let (total, [total_max, total_sum]) = self.total.split_last_chunk_mut().expect("two more than padded");
-        // Of the two factors one is 1; exponentials are dear beside so short sums.
-        if *total_max == f32::NEG_INFINITY {
-            total.copy_from_slice(acc);
-            (*total_max, *total_sum) = (max, sum);
-        } else if max > *total_max {
-            let before = (*total_max - max).exp();
-            total.iter_mut().zip(acc).for_each(|(total, part)| *total = *total * before + part);
-            *total_sum = *total_sum * before + sum;
-            *total_max = max;
-        } else {
-            let here = (max - *total_max).exp();
-            total.iter_mut().zip(acc).for_each(|(total, part)| *total += part * here);
-            *total_sum += sum * here;
-        }
-    }
+/// The weighted mean that a total stands for.
+#[inline(always)]
+pub fn finish(total: &[f32], out: &mut [f32]) {
+    let inverse = 1.0 / total[total.len() - 1];
+    out.iter_mut().zip(total).for_each(|(o, t)| *o = t * inverse);
+}
 
-    pub fn finish(self, out: &mut [f32]) {
-        let inverse = 1.0 / self.total[self.total.len() - 1];
-        out.iter_mut().zip(&*self.total).for_each(|(o, t)| *o = t * inverse);
-    }
+/// # Safety
+/// The CPU has `S`.
+#[inline(always)]
+unsafe fn exp<S: Simd>(x: f32) -> f32 {
+    let mut all = [0.0f32; 16];
+    // SAFETY: 16 elements are a vector of any instruction set.
+    unsafe { S::store(all.as_mut_ptr(), S::exp(S::splat(x))) };
+    all[0]
 }

@@ -1,9 +1,10 @@
 //! One session's cache and scratch, and the step: the phases of a layer, shared among threads.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use super::attention::{self, Attend, MAX_SPLITS, Merge, Source, padded, split_len};
+use super::attention::{self, Attend, MAX_SPLITS, Source, padded, split_len};
 use super::kernels::Kernels;
 use super::matrix::{Activations, Needs, embedding_row};
 use super::packed::TILE;
@@ -14,13 +15,15 @@ use super::{Cpu, CpuLayer, Embedding, Projection};
 use crate::backend::{Context, ContextMemory, ContextOptions};
 use crate::cache::BlockCopy;
 use crate::error::{Error, Result};
-use crate::model::{Hyper, NormPlacement, QkNorm, RopePairs};
+use crate::model::{Hyper, NormPlacement, QkNorm};
 use crate::schedule::{LayerRows, Plan, Row, Store};
 
 /// Up to so many rows every thread converts the activations for itself, which saves a barrier.
 const OWN_ROWS: usize = 8;
 /// Up to so many rows the context is divided among threads.
 const SPLIT_ROWS: usize = 16;
+/// Pieces that a thread's share of a matrix is taken in.
+const PIECES: usize = 16;
 /// Query vectors that share one conversion of keys and values.
 const TILE_QUERIES: usize = 48;
 
@@ -86,6 +89,7 @@ struct Step {
     up: Shared<f32>,              // (row that goes on, n_ff)
     out: Shared<f32>,             // (row that goes on, n_embd)
     activations: Activations,
+    gated: Activations, // (row that goes on, n_ff): the down projection's
     own: Shared<Own>,
     own_activations: Vec<Activations>, // (thread)
 }
@@ -101,18 +105,20 @@ impl CpuContext {
         let natural = |n: usize| Ok::<_, Error>((rows_of(n)?, rows_of(n)?));
         let cached = || {
             let n = layout.cache_rows();
-            Ok::<_, Error>((Granules::new(kind, n, h.kv_dim(), h.head_dim)?, rows_of(n)?))
+            let rows_per_block = layout.block * layout.stored_copies;
+            Ok::<_, Error>((Granules::new(kind, n, rows_per_block, h.kv_dim(), h.head_dim)?, rows_of(n)?))
         };
         let scratch = |rows: usize, width: usize| Shared::new("scratch", rows, width);
         let group = h.n_heads / h.n_kv_heads;
         let queries = tile_rows(group) * group;
         let widest = h.n_embd.max(h.n_ff).max(h.q_dim());
         let width = padded(h.head_dim);
+        let gathered = Granules::gathered_bytes(kind, h.kv_dim(), h.head_dim);
         let own = || Own {
             row: vec![0.0; widest.max(h.kv_dim())],
             convert: vec![0.0; model.convert_scratch],
             encoded: vec![0; kind.row_bytes(h.kv_dim())],
-            attention: attention::Scratch::new(queries, h.head_dim),
+            attention: attention::Scratch::new(queries, h.head_dim, gathered),
             queries: vec![0.0; queries * h.head_dim],
             sight: vec![(0, 0); queries],
             max: vec![0.0; queries],
@@ -122,7 +128,7 @@ impl CpuContext {
             tiles: Vec::with_capacity(rows),
         };
         let own_activations = (0..n_threads)
-            .map(|_| Activations::new(OWN_ROWS.min(rows), widest, model.has_ggml))
+            .map(|_| Activations::new(OWN_ROWS.min(rows), widest, &model.needs))
             .collect::<Result<_>>()?;
         let own: Vec<Own> = (0..n_threads).map(|_| own()).collect();
         let step = Step {
@@ -141,7 +147,8 @@ impl CpuContext {
             gate: scratch(rows, h.n_ff)?,
             up: scratch(rows, h.n_ff)?,
             out: scratch(rows, h.n_embd)?,
-            activations: Activations::new(rows, widest, model.has_ggml)?,
+            activations: Activations::new(rows, widest, &model.needs)?,
+            gated: Activations::new(rows, h.n_ff, &model.needs)?,
             own: own.into(),
             own_activations,
             options: *options,
@@ -256,6 +263,7 @@ impl Context for CpuContext {
                 + s.fresh.0.bytes()
                 + s.fresh.1.bytes()
                 + s.activations.bytes()
+                + s.gated.bytes()
                 + s.own_activations.iter().map(Activations::bytes).sum::<usize>()
                 + own.iter().map(Own::bytes).sum::<usize>(),
         }
@@ -274,7 +282,7 @@ impl Own {
 }
 
 /// The part of `range` that lies in `from..from + n`, counted from `from`.
-fn overlap(range: &std::ops::Range<usize>, from: usize, n: usize) -> std::ops::Range<usize> {
+fn overlap(range: &Range<usize>, from: usize, n: usize) -> Range<usize> {
     range.start.clamp(from, from + n) - from..range.end.clamp(from, from + n) - from
 }
 
@@ -402,7 +410,7 @@ impl<'a> Phases<'a> {
         Input::Own(h.n_embd)
     }
 
-    /// This thread's share of the tiles of `projections`, which follow one another; `each` is given the number of the
+    /// This thread's part of the outputs of `projections`, which follow one another; `each` is given the number of the
     /// projection, the row, the first output and the outputs, bias included.
     fn multiply(
         self,
@@ -412,21 +420,40 @@ impl<'a> Phases<'a> {
         n: usize,
         mut each: impl FnMut(usize, usize, usize, &mut [f32]),
     ) {
-        let total = projections.iter().map(|p| p.matrix.n_tiles()).sum();
-        let share = self.w.share(total, 1);
-        let mut from = 0;
-        for (i, p) in projections.iter().enumerate() {
-            let tiles = overlap(&share, from, p.matrix.n_tiles());
-            from += p.matrix.n_tiles();
-            // SAFETY: `inputs` has put in all n rows for the needs of these projections; kernels are this CPU's.
-            unsafe {
-                p.matrix.tiles(self.kernels, x, n, tiles, &mut own.convert, |row, first, out| {
-                    if let Some(bias) = &p.bias {
-                        out.iter_mut().zip(&bias[first..]).for_each(|(o, b)| *o += b);
-                    }
-                    each(i, row, first, out);
-                });
+        for piece in self.pieces(projections.iter().map(|p| p.matrix.n_tiles()).sum(), 1) {
+            let mut from = 0;
+            for (i, p) in projections.iter().enumerate() {
+                let tiles = overlap(&piece, from, p.matrix.n_tiles());
+                from += p.matrix.n_tiles();
+                self.multiply_tiles(own, p, x, n, tiles, |row, first, out| each(i, row, first, out));
             }
+        }
+    }
+
+    /// This thread's pieces of `0..n_tiles`, multiples of `grain`: few enough to be read as streams.
+    fn pieces(self, n_tiles: usize, grain: usize) -> impl Iterator<Item = Range<usize>> {
+        let pieces = PIECES * self.w.n * grain;
+        self.w.pieces(n_tiles, n_tiles.div_ceil(pieces) * grain)
+    }
+
+    /// Some tiles of one projection.
+    fn multiply_tiles(
+        self,
+        own: &mut Own,
+        p: &Projection,
+        x: &Activations,
+        n: usize,
+        tiles: Range<usize>,
+        mut each: impl FnMut(usize, usize, &mut [f32]),
+    ) {
+        // SAFETY: `inputs` has put in all n rows for the needs of this projection; kernels are this CPU's.
+        unsafe {
+            p.matrix.tiles(self.kernels, x, n, tiles, &mut own.convert, |row, first, out| {
+                if let Some(bias) = &p.bias {
+                    out.iter_mut().zip(&bias[first..]).for_each(|(o, b)| *o += b);
+                }
+                each(row, first, out);
+            });
         }
     }
 
@@ -475,7 +502,9 @@ impl<'a> Phases<'a> {
                         unsafe { (self.kernels.norm)(copy, weight, h.norm_eps, x) };
                     }
                 }
-                x.chunks_exact_mut(h.head_dim).for_each(|head| rotate(head, rope, h.rope_pairs));
+                // SAFETY: these kernels are this CPU's.
+                x.chunks_exact_mut(h.head_dim)
+                    .for_each(|head| unsafe { (self.kernels.rotate)(head, rope, h.rope_pairs) });
             }
             let first = piece * kv_width;
             // SAFETY: phases: these heads of the cache row or hidden row of this row alone.
@@ -528,7 +557,7 @@ impl<'a> Phases<'a> {
         let pieces = |t: &QueryTile| h.n_kv_heads * if is_split { t.parts() } else { 1 };
         let total = tiles.iter().map(pieces).sum();
         let slots = slots(&s.options.layout);
-        while let Some(mut piece) = self.w.take(total) {
+        for mut piece in self.w.pieces(total, 1).map(|p| p.start) {
             let tile = tiles.iter().find(|t| {
                 let here = piece < pieces(t);
                 piece -= if here { 0 } else { pieces(t) };
@@ -552,19 +581,24 @@ impl<'a> Phases<'a> {
                 }
                 continue;
             }
-            own.totals[..n * (width + 2)].fill(0.0);
+            own.totals.chunks_exact_mut(width + 2).take(n).for_each(attention::begin);
             for part in 0..tile.parts() {
                 self.attend_part(own, index, rows, tile, head, part);
                 for q in 0..n {
                     let total = &mut own.totals[q * (width + 2)..(q + 1) * (width + 2)];
-                    Merge::resume(total, part == 0).add(own.max[q], own.sum[q], &own.acc[q * width..(q + 1) * width]);
+                    // SAFETY: these kernels are this CPU's.
+                    unsafe {
+                        (self.kernels.merge)(total, own.max[q], own.sum[q], &own.acc[q * width..(q + 1) * width])
+                    };
                 }
             }
             for q in 0..n {
                 let (i, head) = (tile.first + q / group, head * group + q % group);
-                // SAFETY: phases: this row's and head's part.
-                let out = unsafe { s.attention.slice_mut(i * h.q_dim() + head * dim, dim) };
-                Merge::resume(&mut own.totals[q * (width + 2)..(q + 1) * (width + 2)], false).finish(out);
+                // SAFETY: phases: this row's and head's part; these kernels are this CPU's.
+                unsafe {
+                    let out = s.attention.slice_mut(i * h.q_dim() + head * dim, dim);
+                    (self.kernels.finish)(&own.totals[q * (width + 2)..(q + 1) * (width + 2)], out);
+                }
             }
         }
         own.tiles = tiles;
@@ -677,13 +711,17 @@ impl<'a> Phases<'a> {
         let has_hidden = row.hidden_from < row.hidden_to;
         for (head, out) in out.chunks_exact_mut(h.head_dim).enumerate() {
             let total = &mut own.totals[..width + 2];
-            for (n, slot) in (0..splits).chain(has_hidden.then_some(slots - 1)).enumerate() {
+            attention::begin(total);
+            for slot in (0..splits).chain(has_hidden.then_some(slots - 1)) {
                 let at = ((i * h.n_heads + head) * slots + slot) * (width + 2);
-                // SAFETY: phases.
-                let partial = unsafe { s.partials.slice(at, width + 2) };
-                Merge::resume(total, n == 0).add(partial[width], partial[width + 1], &partial[..width]);
+                // SAFETY: phases; these kernels are this CPU's.
+                unsafe {
+                    let partial = s.partials.slice(at, width + 2);
+                    (self.kernels.merge)(total, partial[width], partial[width + 1], &partial[..width]);
+                }
             }
-            Merge::resume(total, false).finish(out);
+            // SAFETY: these kernels are this CPU's.
+            unsafe { (self.kernels.finish)(total, out) };
         }
         Input::Own(h.q_dim())
     }
@@ -702,19 +740,25 @@ impl<'a> Phases<'a> {
         let x = self.inputs(own, &layer.gate_up_needs, n, |own, i| {
             self.normed(own, self.kept(rows, i), &layer.ffn_norm, NormPlacement::Before)
         })?;
-        for (projection, target) in [(&layer.gate, &s.gate), (&layer.up, &s.up)] {
-            self.multiply(own, &[projection], x, n, |_, row, first, out| {
-                // SAFETY: phases: the columns of this thread's tiles.
-                unsafe { target.slice_mut(row * h.n_ff + first, out.len()) }.copy_from_slice(out);
-            });
-        }
-        // The same columns of both: nobody else's are needed.
-        let columns = self.w.share(layer.gate.matrix.n_tiles(), 1);
-        let columns = columns.start * TILE..(columns.end * TILE).min(h.n_ff);
-        for i in 0..n {
-            let at = i * h.n_ff + columns.start.min(columns.end);
-            // SAFETY: phases: as above; these kernels are this CPU's.
-            unsafe { (self.kernels.silu)(s.gate.slice_mut(at, columns.len()), s.up.slice(at, columns.len())) };
+        for tiles in self.pieces(layer.gate.matrix.n_tiles(), 2) {
+            for (projection, target) in [(&layer.gate, &s.gate), (&layer.up, &s.up)] {
+                self.multiply_tiles(own, projection, x, n, tiles.clone(), |row, first, out| {
+                    // SAFETY: phases: the columns of this thread's tiles.
+                    unsafe { target.slice_mut(row * h.n_ff + first, out.len()) }.copy_from_slice(out);
+                });
+            }
+            let columns = tiles.start * TILE..(tiles.end * TILE).min(h.n_ff);
+            for i in 0..n {
+                let at = i * h.n_ff + columns.start;
+                // SAFETY: phases: as above; these kernels are this CPU's.
+                unsafe {
+                    let gate = s.gate.slice_mut(at, columns.len());
+                    (self.kernels.silu)(gate, s.up.slice(at, columns.len()));
+                    if layer.down_needs.is_int() {
+                        s.gated.set_blocks(self.kernels, i, n, h.n_ff, columns.start, gate);
+                    }
+                }
+            }
         }
         Some(())
     }
@@ -723,9 +767,12 @@ impl<'a> Phases<'a> {
     fn feed_forward_output(self, own: &mut Own, layer: &CpuLayer, rows: &LayerRows) -> Option<()> {
         let (s, h) = (self.s, self.h);
         let n = rows.keep.len();
-        // SAFETY: phases.
-        let x =
-            self.inputs(own, &layer.down_needs, n, |_, i| Input::Shared(unsafe { s.gate.slice(i * h.n_ff, h.n_ff) }))?;
+        let x = if layer.down_needs.is_int() {
+            &s.gated // as `feed_forward` has left them
+        } else {
+            // SAFETY: phases.
+            self.inputs(own, &layer.down_needs, n, |_, i| Input::Shared(unsafe { s.gate.slice(i * h.n_ff, h.n_ff) }))?
+        };
         self.add_to_residual(own, &layer.down, &layer.ffn_norm, x, rows)
     }
 
@@ -792,32 +839,15 @@ impl<'a> Phases<'a> {
             }
             Input::Own(h.n_embd)
         })?;
-        let share = self.w.share(s.model.head.n_tiles(), 1);
-        // SAFETY: `inputs` has put in all rows; logits: the columns of this thread's tiles.
-        unsafe {
-            s.model.head.tiles(self.kernels, x, n, share, &mut own.convert, |row, first, out| {
-                let at = self.plan.outputs[row].logits as usize * h.n_vocab + first;
-                s.logits.slice_mut(at, out.len()).copy_from_slice(out);
-            });
+        for tiles in self.pieces(s.model.head.n_tiles(), 1) {
+            // SAFETY: `inputs` has put in all rows; logits: the columns of this thread's tiles.
+            unsafe {
+                s.model.head.tiles(self.kernels, x, n, tiles, &mut own.convert, |row, first, out| {
+                    let at = self.plan.outputs[row].logits as usize * h.n_vocab + first;
+                    s.logits.slice_mut(at, out.len()).copy_from_slice(out);
+                });
+            }
         }
         Some(())
-    }
-}
-
-fn rotate(head: &mut [f32], rope: &[f32], pairs: RopePairs) {
-    let half = head.len() / 2;
-    let (cos, sin) = rope.split_at(half);
-    match pairs {
-        RopePairs::Halves => {
-            let (first, second) = head.split_at_mut(half);
-            for (((a, b), cos), sin) in first.iter_mut().zip(second).zip(cos).zip(sin) {
-                (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
-            }
-        }
-        RopePairs::Adjacent => {
-            for ((pair, cos), sin) in head.chunks_exact_mut(2).zip(cos).zip(sin) {
-                (pair[0], pair[1]) = (pair[0] * cos - pair[1] * sin, pair[1] * cos + pair[0] * sin);
-            }
-        }
     }
 }

@@ -12,6 +12,7 @@ use super::packed::{Packing, TILE};
 use super::simd::Simd;
 use super::simd::plain::Plain;
 use crate::error::{Error, Result, invalid};
+use crate::model::RopePairs;
 
 /// One tile of weights times a group of activation rows.
 pub struct Tile {
@@ -54,6 +55,19 @@ pub mod meta {
     pub const WORDS: usize = 6;
 }
 
+/// Where blocks of one activation row go within their group.
+pub struct Quants {
+    /// int8 `[block][quad 8][row][4]`, from the first of the blocks on.
+    pub quants: *mut i8,
+    /// `[META][block][row]`, likewise.
+    pub meta: *mut u32,
+    /// Words to a plane of `meta`.
+    pub plane: usize,
+    /// Rows of the group, and which of them this is.
+    pub rows: usize,
+    pub row: usize,
+}
+
 pub type TileFn = unsafe fn(&Tile);
 
 /// Entry points for one instruction set. All of them are unsafe to call on a CPU without it, and take pointers for speed:
@@ -65,13 +79,18 @@ pub struct Kernels {
     pub float_rows: usize,
     /// The kernel for a group of so many rows.
     pub tile: fn(Packing, usize) -> TileFn,
-    /// (x, n, group base, K, k, meta base): quantizes a row into row k of a group of K.
-    pub quantize: unsafe fn(&[f32], *mut i8, *mut u32, usize, usize),
+    /// Quantizes whole blocks of a row of activations.
+    pub quantize: unsafe fn(&[f32], &Quants),
     /// (x, weight, eps, out): RMS norm.
     pub norm: unsafe fn(&[f32], &[f32], f32, &mut [f32]),
     /// (gate, up): `gate = silu(gate) up`.
     pub silu: unsafe fn(&mut [f32], &[f32]),
+    /// (head, cosines and sines, pairs): turns a head by its position.
+    pub rotate: unsafe fn(&mut [f32], &[f32], RopePairs),
     pub attend: unsafe fn(&mut Attend),
+    /// See [`attention::merge`] and [`attention::finish`].
+    pub merge: unsafe fn(&mut [f32], f32, f32, &[f32]),
+    pub finish: unsafe fn(&[f32], &mut [f32]),
     /// Reads memory as fast as the vectors go; the result is there to be wanted.
     pub read: unsafe fn(&[u8]) -> i32,
 }
@@ -517,12 +536,12 @@ unsafe fn tile<S: Simd, const T: u8, const K: usize>(t: &Tile) {
 }
 
 /// # Safety
-/// The CPU has `S`; a group of `rows` rows of `x.len()` columns lies behind `quants` and `meta`.
+/// The CPU has `S`; there is room behind the pointers of `to` for `x.len() / 32` blocks.
 #[inline(always)]
-unsafe fn quantize<S: Simd>(x: &[f32], quants: *mut i8, meta: *mut u32, rows: usize, row: usize) {
-    // SAFETY: `row < rows`, and block `b` of the group has 32 * rows bytes and WORDS * rows words.
+unsafe fn quantize<S: Simd>(x: &[f32], to: &Quants) {
+    let &Quants { quants, meta, plane, rows, row } = to;
+    // SAFETY: `row < rows`, and a block of the group has 32 * rows bytes and rows words of each plane.
     unsafe {
-        let plane = x.len() / 32 * rows;
         for (b, x) in x.chunks_exact(32).enumerate() {
             let mut largest = S::splat(0.0);
             for i in (0..32).step_by(S::LANES) {
@@ -624,6 +643,25 @@ unsafe fn silu<S: Simd>(gate: &mut [f32], up: &[f32]) {
     }
 }
 
+#[inline(always)]
+fn rotate(head: &mut [f32], rope: &[f32], pairs: RopePairs) {
+    let half = head.len() / 2;
+    let (cos, sin) = rope.split_at(half);
+    match pairs {
+        RopePairs::Halves => {
+            let (first, second) = head.split_at_mut(half);
+            for (((a, b), cos), sin) in first.iter_mut().zip(second).zip(cos).zip(sin) {
+                (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
+            }
+        }
+        RopePairs::Adjacent => {
+            for ((pair, cos), sin) in head.chunks_exact_mut(2).zip(cos).zip(sin) {
+                (pair[0], pair[1]) = (pair[0] * cos - pair[1] * sin, pair[1] * cos + pair[0] * sin);
+            }
+        }
+    }
+}
+
 /// # Safety
 /// The CPU has `S`.
 #[inline(always)]
@@ -687,9 +725,9 @@ macro_rules! instruction_set {
             }
 
             $(#[target_feature(enable = $feature)])?
-            unsafe fn quantize_row(x: &[f32], quants: *mut i8, meta: *mut u32, rows: usize, row: usize) {
+            unsafe fn quantize_row(x: &[f32], to: &Quants) {
                 // SAFETY: see above.
-                unsafe { quantize::<$simd>(x, quants, meta, rows, row) }
+                unsafe { quantize::<$simd>(x, to) }
             }
 
             $(#[target_feature(enable = $feature)])?
@@ -711,6 +749,22 @@ macro_rules! instruction_set {
             }
 
             $(#[target_feature(enable = $feature)])?
+            unsafe fn rotate_head(head: &mut [f32], rope: &[f32], pairs: RopePairs) {
+                rotate(head, rope, pairs);
+            }
+
+            $(#[target_feature(enable = $feature)])?
+            unsafe fn merge_part(total: &mut [f32], max: f32, sum: f32, acc: &[f32]) {
+                // SAFETY: see above.
+                unsafe { attention::merge::<$simd>(total, max, sum, acc) }
+            }
+
+            $(#[target_feature(enable = $feature)])?
+            unsafe fn finish_total(total: &[f32], out: &mut [f32]) {
+                attention::finish(total, out);
+            }
+
+            $(#[target_feature(enable = $feature)])?
             unsafe fn read_bytes(bytes: &[u8]) -> i32 {
                 // SAFETY: see above.
                 unsafe { read::<$simd>(bytes) }
@@ -724,7 +778,10 @@ macro_rules! instruction_set {
                 quantize: quantize_row,
                 norm: norm_row,
                 silu: silu_row,
+                rotate: rotate_head,
                 attend,
+                merge: merge_part,
+                finish: finish_total,
                 read: read_bytes,
             };
         }

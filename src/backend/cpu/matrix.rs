@@ -6,7 +6,7 @@ use memmap2::{Advice, MmapMut, MmapOptions};
 
 #[cfg(feature = "ggml")]
 use super::ggml::Dot;
-use super::kernels::{self, Kernels, Tile, group_of, groups, meta};
+use super::kernels::{self, Kernels, Quants, Tile, group_of, groups, meta};
 use super::packed::{Packing, TILE, unpack_row};
 use super::shared::Shared;
 use crate::checkpoint::TensorView;
@@ -140,6 +140,11 @@ impl Needs {
         }
         needs
     }
+
+    /// Whether int8 is the only form asked for: then blocks can be converted one by one.
+    pub fn is_int(&self) -> bool {
+        self.int && !self.float && self.ggml.iter().all(Option::is_none)
+    }
 }
 
 /// Rows of activations in the forms that weights take, grouped as the kernels take them.
@@ -153,13 +158,16 @@ pub struct Activations {
 }
 
 impl Activations {
-    pub fn new(rows: usize, widest: usize, has_ggml: bool) -> Result<Activations> {
+    /// Room for `rows` rows of up to `widest` columns, in the forms that are needed.
+    pub fn new(rows: usize, widest: usize, needs: &Needs) -> Result<Activations> {
         let what = "scratch";
+        let has_ggml = needs.ggml.iter().any(Option::is_some);
         let ggml_row_bytes = if has_ggml { Dot::most_bytes(widest) } else { 0 };
+        let ints = if needs.int { rows } else { 0 };
         Ok(Activations {
-            quants: Shared::new(what, rows, widest)?,
-            meta: Shared::new(what, rows, widest.div_ceil(32) * meta::WORDS)?,
-            floats: Shared::new(what, rows, widest)?,
+            quants: Shared::new(what, ints, widest)?,
+            meta: Shared::new(what, ints, widest.div_ceil(32) * meta::WORDS)?,
+            floats: Shared::new(what, if needs.float { rows } else { 0 }, widest)?,
             ggml: Shared::new(what, 3 * rows, ggml_row_bytes)?,
             ggml_row_bytes,
             capacity: rows,
@@ -170,6 +178,32 @@ impl Activations {
         self.quants.bytes() + self.meta.bytes() + self.floats.bytes() + self.ggml.bytes()
     }
 
+    /// Puts columns from `first_column` on in as int8, of row `row` of `n` rows of `width` columns; whole blocks.
+    ///
+    /// # Safety
+    /// Nobody reads this meanwhile or writes the same columns.
+    pub unsafe fn set_blocks(
+        &self,
+        kernels: &Kernels,
+        row: usize,
+        n: usize,
+        width: usize,
+        first_column: usize,
+        x: &[f32],
+    ) {
+        let (first, rows) = group_of(row, n, kernels.int_rows);
+        let plane = width / 32 * rows;
+        assert!(row < n && n <= self.capacity && first_column + x.len() <= width);
+        assert!(width.is_multiple_of(32) && first_column.is_multiple_of(32) && x.len().is_multiple_of(32));
+        assert!((first + rows) * width <= self.quants.len());
+        // SAFETY: the group's part of either buffer; within it only these elements are written.
+        unsafe {
+            let quants = self.quants.as_ptr().add(first * width + first_column * rows);
+            let meta = self.meta.as_ptr().add(first * (width / 32) * meta::WORDS + first_column / 32 * rows);
+            (kernels.quantize)(x, &Quants { quants, meta, plane, rows, row: row - first });
+        }
+    }
+
     /// Puts `x` in as row `row` of `n`.
     ///
     /// # Safety
@@ -178,15 +212,8 @@ impl Activations {
         assert!(row < n && n <= self.capacity);
         let width = x.len();
         if needs.int {
-            let (first, rows) = group_of(row, n, kernels.int_rows);
-            let blocks = width / 32;
-            assert!((first + rows) * width <= self.quants.len() && width.is_multiple_of(32));
-            // SAFETY: the group's part of either buffer; within it only this row's elements are written.
-            unsafe {
-                let quants = self.quants.as_ptr().add(first * width);
-                let words = self.meta.as_ptr().add(first * blocks * meta::WORDS);
-                (kernels.quantize)(x, quants, words, rows, row - first);
-            }
+            // SAFETY: the caller's.
+            unsafe { self.set_blocks(kernels, row, n, width, 0, x) };
         }
         if needs.float {
             let (first, rows) = group_of(row, n, kernels.float_rows);

@@ -76,6 +76,8 @@ pub struct Cpu {
     head: Matrix,
     head_needs: Needs,
     has_ggml: bool,
+    /// Of all matrices.
+    needs: Needs,
     /// Floats that the widest converted matrix wants of each thread.
     convert_scratch: usize,
     weight_bytes: usize,
@@ -128,6 +130,7 @@ impl Cpu {
 
         let mut cpu = Cpu {
             has_ggml: false,
+            needs: Needs::default(),
             convert_scratch: 0,
             weight_bytes: 0,
             head_needs: Needs::of(&[&head]),
@@ -166,6 +169,7 @@ impl Cpu {
         self.convert_scratch = self.matrices().map(Matrix::scratch).max().unwrap_or(0);
         let has_ggml = self.matrices().any(Matrix::uses_ggml);
         self.has_ggml = has_ggml;
+        self.needs = Needs::of(&self.matrices().collect::<Vec<_>>());
     }
 }
 

@@ -4,6 +4,7 @@
 //! the pool remains usable.
 
 use std::cell::UnsafeCell;
+use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
@@ -34,10 +35,21 @@ struct State {
     passed: AtomicUsize,
     stop_asked: AtomicBool,
     panicked: AtomicBool,
-    /// Next piece of work of the phase.
-    ticket: AtomicUsize,
+    /// Pieces taken of each thread's share in this phase.
+    taken: Box<[Counter]>,
     done: AtomicU32,
     shutdown: AtomicBool,
+}
+
+/// On a memory line of its own: its thread alone uses it until others have nothing left to do.
+#[repr(align(128))]
+#[derive(Default)]
+struct Counter(AtomicUsize);
+
+impl State {
+    fn begin_phase(&self) {
+        self.taken.iter().for_each(|t| t.0.store(0, Ordering::Relaxed));
+    }
 }
 
 // SAFETY: `job` is written only while all workers wait for the epoch, and read only after it has changed.
@@ -55,16 +67,30 @@ struct Released;
 
 impl Worker<'_> {
     /// This thread's share of `0..n`, in steps of `grain`.
-    pub fn share(&self, n: usize, grain: usize) -> std::ops::Range<usize> {
+    pub fn share(&self, n: usize, grain: usize) -> Range<usize> {
         let pieces = n.div_ceil(grain);
         let cut = |i: usize| (pieces * i / self.n * grain).min(n);
         cut(self.index)..cut(self.index + 1)
     }
 
-    /// Takes pieces `0..n` one by one; every piece goes to one thread. At most one such loop between two barriers.
-    pub fn take(&self, n: usize) -> Option<usize> {
-        let i = self.state.ticket.fetch_add(1, Ordering::Relaxed);
-        (i < n).then_some(i)
+    /// Pieces of `0..n`, `grain` at a time: this thread's share in order, as memory likes to be read, then what others have
+    /// not come to of theirs, so that nobody waits for long. Every piece goes to one thread. At most one such loop between two
+    /// barriers.
+    pub fn pieces(&self, n: usize, grain: usize) -> impl Iterator<Item = Range<usize>> {
+        let pieces = n.div_ceil(grain);
+        let cut = move |thread: usize| pieces * thread / self.n;
+        let mut done = 0;
+        std::iter::from_fn(move || {
+            while done < self.n {
+                let owner = (self.index + done) % self.n;
+                let piece = cut(owner) + self.state.taken[owner].0.fetch_add(1, Ordering::Relaxed);
+                if piece < cut(owner + 1) {
+                    return Some(piece * grain..((piece + 1) * grain).min(n));
+                }
+                done += 1;
+            }
+            None
+        })
     }
 
     /// Asks that all threads see `true` at the next barrier.
@@ -79,7 +105,7 @@ impl Worker<'_> {
         let before = s.passed.load(Ordering::Acquire);
         if s.arrived.fetch_add(1, Ordering::AcqRel) + 1 == self.n {
             s.arrived.store(0, Ordering::Relaxed);
-            s.ticket.store(0, Ordering::Relaxed);
+            s.begin_phase();
             let stop = usize::from(s.stop_asked.load(Ordering::Relaxed));
             s.passed.store(((before & !1).wrapping_add(2)) | stop, Ordering::Release);
             return stop == 1;
@@ -134,7 +160,7 @@ impl Pool {
             passed: AtomicUsize::new(0),
             stop_asked: AtomicBool::new(false),
             panicked: AtomicBool::new(false),
-            ticket: AtomicUsize::new(0),
+            taken: (0..n).map(|_| Counter::default()).collect(),
             done: AtomicU32::new(0),
             shutdown: AtomicBool::new(false),
         });
@@ -158,7 +184,7 @@ impl Pool {
     pub fn run(&mut self, job: Job) {
         let s = &*self.state;
         s.arrived.store(0, Ordering::Relaxed);
-        s.ticket.store(0, Ordering::Relaxed);
+        s.begin_phase();
         s.stop_asked.store(false, Ordering::Relaxed);
         s.panicked.store(false, Ordering::Relaxed);
         s.done.store(0, Ordering::Relaxed);
@@ -239,13 +265,13 @@ mod tests {
                         count.fetch_add(1, Ordering::Relaxed);
                         assert!(!w.barrier());
                         assert_eq!(count.load(Ordering::Relaxed), n, "round {round}, phase {i}");
-                        while w.take(7).is_some() {
-                            taken.fetch_add(1, Ordering::Relaxed);
+                        for piece in w.pieces(20, 3) {
+                            taken.fetch_add(piece.len(), Ordering::Relaxed);
                         }
                         assert!(!w.barrier());
                     }
                 });
-                assert_eq!(taken.load(Ordering::Relaxed), 7 * 50);
+                assert_eq!(taken.load(Ordering::Relaxed), 20 * 50);
             }
         }
     }
@@ -257,11 +283,11 @@ mod tests {
             for (n, grain) in [(0, 1), (1, 16), (5, 1), (49, 16), (576, 16)] {
                 let counts: Vec<AtomicUsize> = (0..n).map(|_| AtomicUsize::new(0)).collect();
                 pool.run(&|w: &Worker| {
-                    w.share(n, grain).for_each(|i| {
+                    w.share(n, grain).chain(w.pieces(n, grain).flatten()).for_each(|i| {
                         counts[i].fetch_add(1, Ordering::Relaxed);
                     });
                 });
-                assert!(counts.iter().all(|c| c.load(Ordering::Relaxed) == 1), "{n} by {grain} on {threads}");
+                assert!(counts.iter().all(|c| c.load(Ordering::Relaxed) == 2), "{n} by {grain} on {threads}");
             }
         }
     }

@@ -225,10 +225,12 @@ unsafe fn scatter<const N: usize>(elements: &[u8], to: *mut u8, stride: usize) {
     }
 }
 
-/// Keys interleaved by sixteens, so that a vector holds one element of 16 keys: `(head, granule, head_dim, row 16)`; Q8_0:
-/// `(head, granule, block)` of `(32, row 16)` bytes and `(row 16)` f16 scales. The last granule may have fewer rows.
+/// Keys interleaved, so that a vector holds one element of several keys: `(head, granule, head_dim, lane)`; Q8_0: `(head,
+/// granule, block)` of `(32, lane)` bytes and `(lane)` f16 scales. A granule is 16 rows where a cache block is a multiple of
+/// that, else as many as divide a block: a sequence's keys do not share memory lines with others' then.
 pub struct Granules {
     parts: Parts,
+    lanes: usize,
     data: Shared<u8>,
 }
 
@@ -236,14 +238,16 @@ pub struct Granules {
 struct Lane {
     /// Where the granule's part begins.
     base: usize,
-    lanes: usize,
     lane: usize,
 }
 
 impl Granules {
-    pub fn new(kind: CacheType, rows: usize, width: usize, head_dim: usize) -> Result<Granules> {
+    /// For blocks of `rows_per_block` rows, of which `rows` is a multiple.
+    pub fn new(kind: CacheType, rows: usize, rows_per_block: usize, width: usize, head_dim: usize) -> Result<Granules> {
+        assert!(rows.is_multiple_of(rows_per_block));
         let parts = Parts::new(kind, rows, width, head_dim);
-        Ok(Granules { parts, data: parts.buffer()? })
+        let lanes = 1 << rows_per_block.trailing_zeros().min(GRANULE.trailing_zeros());
+        Ok(Granules { parts, lanes, data: parts.buffer()? })
     }
 
     pub fn bytes(&self) -> usize {
@@ -251,14 +255,8 @@ impl Granules {
     }
 
     fn at(&self, row: usize, part: usize) -> Lane {
-        let first = row - row % GRANULE;
-        let lanes = (self.parts.rows - first).min(GRANULE);
-        Lane { base: (part * self.parts.rows + first) * self.parts.bytes, lanes, lane: row % GRANULE }
-    }
-
-    /// Whether [`Granules::read`] can take the 16 rows from `row` on.
-    pub fn is_whole(&self, row: usize) -> bool {
-        row.is_multiple_of(GRANULE) && row + GRANULE <= self.parts.rows
+        let lane = row % self.lanes;
+        Lane { base: (part * self.parts.rows + row - lane) * self.parts.bytes, lane }
     }
 
     /// Where the granule of a row and of the head that begins at element `first` lies: an address to prefetch.
@@ -284,7 +282,8 @@ impl Granules {
     /// # Safety
     /// Nobody else touches it meanwhile.
     unsafe fn scatter_row(&self, row: usize, part: usize, encoded: &[u8]) {
-        let Lane { base, lanes, lane } = self.at(row, part);
+        let Lane { base, lane } = self.at(row, part);
+        let lanes = self.lanes;
         assert!(base + lanes * self.parts.bytes <= self.data.len() && encoded.len() == self.parts.bytes);
         // SAFETY: elements of this row only, within the granule that was checked to be in bounds.
         unsafe {
@@ -317,7 +316,8 @@ impl Granules {
     pub unsafe fn encoded(&self, row: usize, out: &mut [u8]) {
         let Parts { kind, bytes: n, .. } = self.parts;
         for (part, out) in out.chunks_exact_mut(n).enumerate() {
-            let Lane { base, lanes, lane } = self.at(row, part);
+            let Lane { base, lane } = self.at(row, part);
+            let lanes = self.lanes;
             // SAFETY: the caller's.
             let granule = unsafe { self.data.slice(base, lanes * n) };
             let mut gather = |to: usize, size: usize, count: usize, from: usize| {
@@ -340,6 +340,7 @@ impl Granules {
 
     pub fn copy_within(&mut self, src: usize, dst: usize, rows: usize) {
         let Parts { kind, n, bytes, .. } = self.parts;
+        let lanes = self.lanes;
         for (i, part) in (0..rows).flat_map(|i| (0..n).map(move |part| (i, part))) {
             let (from, to) = (self.at(src + i, part), self.at(dst + i, part));
             let data = self.data.as_mut();
@@ -347,13 +348,13 @@ impl Granules {
             match kind {
                 CacheType::F32 | CacheType::F16 => {
                     let size = if kind == CacheType::F32 { 4 } else { 2 };
-                    let place = |l: &Lane, e: usize| l.base + (e * l.lanes + l.lane) * size;
+                    let place = |l: &Lane, e: usize| l.base + (e * lanes + l.lane) * size;
                     (0..bytes / size).for_each(|e| copy(place(&from, e), place(&to, e), size));
                 }
                 CacheType::Q8_0 => {
-                    let block = |l: &Lane, b: usize| l.base + b * l.lanes * Q8_BLOCK;
-                    let scale = |l: &Lane, b: usize| block(l, b) + 32 * l.lanes + 2 * l.lane;
-                    let quant = |l: &Lane, b: usize, e: usize| block(l, b) + e * l.lanes + l.lane;
+                    let block = |l: &Lane, b: usize| l.base + b * lanes * Q8_BLOCK;
+                    let scale = |l: &Lane, b: usize| block(l, b) + 32 * lanes + 2 * l.lane;
+                    let quant = |l: &Lane, b: usize, e: usize| block(l, b) + e * lanes + l.lane;
                     for b in 0..bytes / Q8_BLOCK {
                         (0..32).for_each(|e| copy(quant(&from, b, e), quant(&to, b, e), 1));
                         copy(scale(&from, b), scale(&to, b), 2);
@@ -363,16 +364,39 @@ impl Granules {
         }
     }
 
-    /// Elements `first..first + n`, of one head, of the whole granule at `row` as f32 into `out[element][stride]`, 16 at a time.
+    /// Bytes that [`Granules::read`] needs to gather narrow granules in.
+    pub fn gathered_bytes(kind: CacheType, width: usize, head_dim: usize) -> usize {
+        GRANULE * Parts::new(kind, 0, width, head_dim).bytes
+    }
+
+    /// Elements `first..first + n`, of one head, of up to 16 keys as f32 into `out[element][stride]`, 16 at a time; lanes without a
+    /// key get anything. `row` tells the cache row of a key that begins a granule.
     ///
     /// # Safety
-    /// The CPU has `S`; nobody writes the granule meanwhile; `out` has room.
+    /// The CPU has `S`; nobody writes the rows meanwhile; `out` has room.
     #[inline(always)]
-    pub unsafe fn read<S: Simd>(&self, row: usize, first: usize, n: usize, out: *mut f32, stride: usize) {
+    #[allow(clippy::too_many_arguments)]
+    pub unsafe fn read<S: Simd>(
+        &self,
+        row: impl Fn(usize) -> usize,
+        keys: usize,
+        first: usize,
+        n: usize,
+        out: *mut f32,
+        stride: usize,
+        gathered: &mut [u8],
+    ) {
         // SAFETY: elements of a head lie within the row; the caller's for the rest.
         unsafe {
             let (part, first) = (first / self.parts.width, first % self.parts.width);
-            let bytes = self.data.slice(self.at(row, part).base, GRANULE * self.parts.bytes);
+            let bytes = if self.lanes == GRANULE {
+                self.data.slice(self.at(row(0), part).base, GRANULE * self.parts.bytes)
+            } else {
+                for key in (0..keys).step_by(self.lanes) {
+                    self.gather(row(key), part, key, gathered);
+                }
+                &*gathered
+            };
             match self.parts.kind {
                 CacheType::F32 => {
                     let bytes = &bytes[first * GRANULE * 4..(first + n) * GRANULE * 4];
@@ -405,33 +429,45 @@ impl Granules {
         }
     }
 
-    /// Elements `first..first + n`, of one head, of one row, into `out[element * stride]`.
+    /// Copies a narrow granule to lane `lane` of one of 16 lanes.
     ///
     /// # Safety
-    /// Nobody writes the row meanwhile; `out` has room.
-    pub unsafe fn read_row(&self, row: usize, first: usize, n: usize, out: *mut f32, stride: usize) {
-        let (part, first) = (first / self.parts.width, first % self.parts.width);
-        let Lane { base, lanes, lane } = self.at(row, part);
-        // SAFETY: the caller's.
-        unsafe {
-            let bytes = self.data.slice(base, lanes * self.parts.bytes);
-            let half = |at: usize| half::f16::from_le_bytes([bytes[at], bytes[at + 1]]).to_f32();
-            for i in 0..n {
-                let e = first + i;
-                let x = match self.parts.kind {
-                    CacheType::F32 => {
-                        let at = (e * lanes + lane) * 4;
-                        f32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]])
-                    }
-                    CacheType::F16 => half((e * lanes + lane) * 2),
-                    CacheType::Q8_0 => {
-                        let block = e / 32 * lanes * Q8_BLOCK;
-                        let q = bytes[block + e % 32 * lanes + lane] as i8;
-                        half(block + 32 * lanes + 2 * lane) * f32::from(q)
-                    }
-                };
-                *out.add(i * stride) = x;
+    /// Nobody writes the granule meanwhile.
+    #[inline(never)] // it would crowd the loops of whole granules
+    unsafe fn gather(&self, row: usize, part: usize, lane: usize, to: &mut [u8]) {
+        let lanes = self.lanes;
+        // SAFETY: the caller's; the slice checks the bounds.
+        let from = unsafe { self.data.slice(self.at(row, part).base, lanes * self.parts.bytes) };
+        match self.parts.kind {
+            CacheType::F32 => widen::<4>(from, lanes, lane, to),
+            CacheType::F16 => widen::<2>(from, lanes, lane, to),
+            CacheType::Q8_0 => {
+                let blocks = from.chunks_exact(lanes * Q8_BLOCK).zip(to.chunks_exact_mut(GRANULE * Q8_BLOCK));
+                for (from, to) in blocks {
+                    let ((quants, scales), to) = (from.split_at(32 * lanes), to.split_at_mut(32 * GRANULE));
+                    widen::<1>(quants, lanes, lane, to.0);
+                    widen::<2>(scales, lanes, lane, to.1);
+                }
             }
         }
+    }
+}
+
+/// Columns of `lanes` elements of `N` bytes into columns of 16, from lane `lane` on.
+#[inline(always)]
+fn widen<const N: usize>(from: &[u8], lanes: usize, lane: usize, to: &mut [u8]) {
+    fn columns<const BYTES: usize>(from: &[u8], at: usize, to: &mut [u8], wide: usize) {
+        for (from, to) in from.as_chunks::<BYTES>().0.iter().zip(to.chunks_exact_mut(wide)) {
+            to[at..at + BYTES].copy_from_slice(from);
+        }
+    }
+    let (at, wide) = (N * lane, N * GRANULE);
+    match N * lanes {
+        1 => columns::<1>(from, at, to, wide),
+        2 => columns::<2>(from, at, to, wide),
+        4 => columns::<4>(from, at, to, wide),
+        8 => columns::<8>(from, at, to, wide),
+        16 => columns::<16>(from, at, to, wide),
+        _ => columns::<32>(from, at, to, wide),
     }
 }

@@ -77,8 +77,8 @@ fn prepare_one(tensor: &TensorView, prefer_ggml: bool) -> Matrix {
 
 fn multiply(kernels: &Kernels, matrix: &Matrix, x: &[Vec<f32>]) -> Vec<Vec<f32>> {
     let n = x.len();
-    let activations = Activations::new(n, matrix.n_in, matrix.uses_ggml()).unwrap();
     let needs = Needs::of(&[matrix]);
+    let activations = Activations::new(n, matrix.n_in, &needs).unwrap();
     let mut out = vec![vec![f32::NAN; matrix.n_out]; n];
     // SAFETY: these kernels are this CPU's; one thread.
     unsafe {
@@ -344,8 +344,10 @@ fn attention_is_right_for_every_cache() {
     };
     let cases = [
         case(2, 1, 1, 1, 1, 1),
+        case(32, 1, 1, 40, 3, 2),
         case(6, 3, 4, 15, 7, 2),
         case(16, 2, 16, 16, 16, 3),
+        case(64, 1, 8, 300, 16, 3),
         case(24, 2, 2, 17, 5, 5),
         case(32, 3, 48, 65, 33, 7),
         case(64, 2, 16, 200, 20, 9),
@@ -359,20 +361,24 @@ fn attention_is_right_for_every_cache() {
             let n_blocks = c.stored.div_ceil(c.rows_per_block);
             // Blocks in reverse order, and one that is not ours.
             let blocks: Vec<u32> = (1..=n_blocks as u32).rev().collect();
-            let rows = (n_blocks + 1) * c.rows_per_block; // mostly no multiple of 16
+            let rows = (n_blocks + 1) * c.rows_per_block;
             let rows_of = |n: usize| Rows::new(kind, n, width, c.head_dim).unwrap();
-            let (k, v) = (Granules::new(kind, rows, width, c.head_dim).unwrap(), rows_of(rows));
+            let (k, v) = (Granules::new(kind, rows, c.rows_per_block, width, c.head_dim).unwrap(), rows_of(rows));
+            let plain_k = rows_of(rows); // the same, not interleaved
             let natural = |n: usize| (rows_of(n), rows_of(n));
             let capacity = c.hidden + 2;
             let (ring, fresh) = (natural(2 * capacity), natural(c.hidden + 3));
             let mut encoded = vec![0; kind.row_bytes(width)];
+            let gathered = Granules::gathered_bytes(kind, width, c.head_dim);
             let mut row = || -> Vec<f32> { (0..width).map(|_| noise.float()).collect() };
             let first_fresh = 100 + c.hidden / 2;
             let at_stored = |i: usize| blocks[i / c.rows_per_block] as usize * c.rows_per_block + i % c.rows_per_block;
             // SAFETY: one thread.
             unsafe {
                 for i in 0..c.stored {
-                    k.write(at_stored(i), 0, &row(), &mut encoded);
+                    let key = row();
+                    k.write(at_stored(i), 0, &key, &mut encoded);
+                    plain_k.write(at_stored(i), 0, &key);
                     v.write(at_stored(i), 0, &row());
                 }
                 for number in 100..100 + c.hidden {
@@ -399,7 +405,9 @@ fn attention_is_right_for_every_cache() {
                     (100, 100 + c.hidden),
                 ),
             ];
-            let queries: Vec<f32> = (0..c.queries * c.head_dim).map(|_| noise.float() * 2.0).collect();
+            // As scaled by 1 / sqrt(head_dim): scores of some -10 to 10 for every size of head.
+            let size = 9.0 / (c.head_dim as f32).sqrt();
+            let queries: Vec<f32> = (0..c.queries * c.head_dim).map(|_| noise.float() * size).collect();
             for (which, (source, (low, high))) in sources.into_iter().enumerate() {
                 let sight: Vec<(u32, u32)> = (0..c.queries)
                     .map(|q| {
@@ -418,7 +426,7 @@ fn attention_is_right_for_every_cache() {
                         unsafe {
                             match which {
                                 0 => {
-                                    k.read_row(at_stored(i), head * c.head_dim, c.head_dim, key.as_mut_ptr(), 1);
+                                    plain_k.read::<Plain>(at_stored(i), head * c.head_dim, &mut key);
                                     v.read::<Plain>(at_stored(i), head * c.head_dim, &mut value);
                                 }
                                 _ => {
@@ -435,7 +443,7 @@ fn attention_is_right_for_every_cache() {
                     }
                     for kernels in all_kernels() {
                         let dim = padded(c.head_dim);
-                        let mut scratch = attention::Scratch::new(c.queries, c.head_dim);
+                        let mut scratch = attention::Scratch::new(c.queries, c.head_dim, gathered);
                         let (mut max, mut sum) = (vec![0.0; c.queries], vec![0.0; c.queries]);
                         let mut acc = vec![f32::NAN; c.queries * dim];
                         let mut a = Attend {

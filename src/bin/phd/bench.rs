@@ -83,7 +83,11 @@ impl Bench {
             }
             bar.inc(1);
         }
-        let threads = if self.common.threads == 0 { num_threads() } else { self.common.threads };
+        let threads = match self.common.threads {
+            0 => phd::session::default_threads(),
+            // As the backend has it: more would only wait for each other.
+            n => n.min(std::thread::available_parallelism().map_or(1, |n| n.get())),
+        };
         let bandwidth = phd::backend::cpu::read_bandwidth(threads)?;
         let mut rows = Vec::new();
         for &context in &contexts {
@@ -260,8 +264,4 @@ struct Row {
 fn median(values: &mut [f64]) -> f64 {
     values.sort_by(f64::total_cmp);
     values[values.len() / 2]
-}
-
-fn num_threads() -> usize {
-    phd::session::default_threads()
 }
