@@ -283,7 +283,7 @@ fn hostile_templates_stay_within_bounds() {
 #[test]
 fn long_conversations_fit() {
     let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/chat");
-    let turn = |i: usize| json!({"role": if i.is_multiple_of(2) { "user" } else { "assistant" }, "content": format!("{i} {}", "word ".repeat(i % 50))});
+    let turn = |i: usize| json!({"role": if i.is_multiple_of(2) { "user" } else { "assistant" }, "content": format!("{i} {}", "word ".repeat(1 + i % 50))});
     for n in [201, 2001] {
         let messages: serde_json::Value = (0..n).map(turn).collect();
         let size = messages.to_string().len();

@@ -87,6 +87,15 @@ impl ChatTemplate {
         if source.len() > MAX_SOURCE_BYTES {
             return Err(invalid!("the chat template has {} bytes, expected at most {MAX_SOURCE_BYTES}", source.len()));
         }
+        // The engine counts lines and columns in 16 bits.
+        let widest = source.lines().map(str::len).max().unwrap_or(0);
+        if widest.max(source.lines().count()) >= usize::from(u16::MAX) {
+            let n = source.lines().count();
+            return Err(invalid!(
+                "the chat template has {n} lines of up to {widest} bytes, expected below {}",
+                u16::MAX
+            ));
+        }
         let syntax = syntax()?;
         let source = guard::prepare(source, &syntax).map_err(|e| invalid!("the chat template: {}", short(&e)))?;
         let template = ChatTemplate { environment: environment(), source };
