@@ -55,7 +55,7 @@ fn float(f: f64) -> String {
     let scientific = format!("{f:e}");
     let (mantissa, exponent) = scientific.split_once('e').unwrap_or((&scientific, "0"));
     match exponent.parse::<i32>() {
-        Ok(e) if e < -4 || e >= 16 => format!("{mantissa}e{}{:02}", if e < 0 { '-' } else { '+' }, e.abs()),
+        Ok(e) if !(-4..16).contains(&e) => format!("{mantissa}e{}{:02}", if e < 0 { '-' } else { '+' }, e.abs()),
         _ if f.fract() == 0.0 => format!("{f:.1}"),
         _ => format!("{f}"),
     }
