@@ -87,6 +87,20 @@ typedef enum phd_cache_type {
 } phd_cache_type;
 
 /*
+ What an embedding is of.
+ */
+typedef enum phd_pooling {
+  /*
+   The last position.
+   */
+  PHD_POOLING_LAST = 0,
+  /*
+   The mean over all positions given.
+   */
+  PHD_POOLING_MEAN,
+} phd_pooling;
+
+/*
  What a stage of a sampler does; docs/sampling.md says more. The values are fields of phd_sampler_params.
  */
 typedef enum phd_stage {
@@ -158,6 +172,21 @@ typedef enum phd_weight_type {
   PHD_WEIGHT_Q5_K,
   PHD_WEIGHT_Q6_K,
 } phd_weight_type;
+
+/*
+ What happens when a sequence has no room for more.
+ */
+typedef enum phd_when_full {
+  /*
+   PHD_ERROR_CACHE_FULL.
+   */
+  PHD_WHEN_FULL_STOP = 0,
+  /*
+   The oldest positions after the first `n_keep` are dropped: half of what could be, or as much as is needed, in whole chunks of
+   the model. The remaining text has positions without a gap, as in training.
+   */
+  PHD_WHEN_FULL_DROP_MIDDLE,
+} phd_when_full;
 
 /*
  What went wrong: a status and a sentence. Freed by the caller.

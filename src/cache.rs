@@ -540,6 +540,7 @@ impl Pool {
             }
             let order = |r: &Retained| (!r.blocks.is_empty(), r.last_used);
             let index = (0..self.retained.len()).min_by_key(|&i| order(&self.retained[i])).expect("there are some");
+            self.n_evicted += self.retained[index].len as u64;
             self.forget(index);
             self.clock += 1;
             let (s, text) = (&mut self.sequences[seq], &mut self.retained[index]);

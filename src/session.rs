@@ -445,6 +445,7 @@ impl Session {
     pub(crate) fn put_text(&mut self, seq: i64, tokens: &[u32], dropped: usize) -> Result<()> {
         let seq = self.pool.check_seq(seq)?;
         self.pool.restore(seq, tokens, dropped)?;
+        self.stats.set_evicted(self.pool.n_evicted());
         self.forget_logits(seq);
         Ok(())
     }
@@ -465,6 +466,7 @@ impl Session {
     pub fn retain(&mut self, seq: i64) -> Result<()> {
         let seq = self.pool.check_seq(seq)?;
         self.pool.retain(seq);
+        self.stats.set_evicted(self.pool.n_evicted());
         self.forget_logits(seq);
         Ok(())
     }

@@ -14,6 +14,7 @@ use std::path::Path;
 use xxhash_rust::xxh3::xxh3_64;
 
 use crate::backend::CacheType;
+use crate::cache::Layout;
 use crate::error::{Error, Result, invalid};
 use crate::files::write_whole;
 use crate::session::Session;
@@ -217,7 +218,9 @@ impl Session {
         if let Some((i, token)) = tokens.iter().enumerate().find(|&(_, &t)| t as usize >= n_vocab) {
             return Err(invalid!("token {i} of the saved state is {token}, expected 0 to {}", n_vocab - 1));
         }
-        if (has_logits || dropped > 0) && n == 0 || dropped > u64::from(u32::MAX / 2) {
+        // RoPE positions are 32 bits wide.
+        let most_dropped = (u32::MAX as usize / self.model().hyper.rules.copies - Layout::MAX_POSITIONS) as u64;
+        if (has_logits || dropped > 0) && n == 0 || dropped > most_dropped {
             return Err(invalid!(
                 "the saved state has {n} positions, logits: {has_logits}, {dropped} positions dropped"
             ));

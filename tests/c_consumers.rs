@@ -110,6 +110,63 @@ fn the_example_generates() {
     assert!(String::from_utf8_lossy(&missing.stderr).contains("/no/such/model"));
 }
 
+/// Many prompts at once come out as each does alone; and those that begin alike share what they have in common.
+#[test]
+fn the_example_serves() {
+    let (serve, generate) =
+        (Program::compile("examples/c/serve.c", "cc", C99), Program::compile("examples/c/generate.c", "cc", C99));
+    let long = "And God said unto Moses, Speak unto the children of Israel, and say unto them, When ye come into the land which I \
+                give unto you, then shall the land keep a sabbath unto the LORD.";
+    let prompts =
+        ["In the beginning", "And God", long, "The", "In the beginning God", &format!("{long} Six years"), "And"];
+    let run_serve = |command: &mut Command| {
+        let output = command.output().unwrap();
+        let (out, counters) = (String::from_utf8(output.stdout).unwrap(), String::from_utf8(output.stderr).unwrap());
+        assert!(output.status.success(), "{counters}");
+        (out, counters)
+    };
+    let (out, counters) = run_serve(Command::new(serve.path()).arg(common::demo_model()).arg("24").args(prompts));
+    for (i, prompt) in prompts.into_iter().enumerate() {
+        let number = format!("{}| ", i + 1);
+        let lines: Vec<&str> = out.lines().filter_map(|l| l.strip_prefix(number.as_str())).collect();
+        let alone = run(Command::new(generate.path()).arg(common::demo_model()).args([prompt, "24"]));
+        let alone = alone.strip_prefix(prompt).unwrap().trim_end_matches('\n');
+        assert_eq!(lines.join("\n").trim_end_matches('\n'), alone, "{prompt}");
+    }
+    let counted = counters.lines().find(|l| l.starts_with("tokens: ")).unwrap();
+    let numbers: Vec<usize> = counted.split(' ').filter_map(|w| w.parse().ok()).collect();
+    let [prompt, steps, taken, hits, lookups] = numbers[..] else { panic!("{counted}") };
+    // 23 steps each, and up to one piece of a prompt that is a single token.
+    assert!(prompt > 40 && (7 * 23..=7 * 24).contains(&steps) && taken > 20, "{counters}");
+    assert!(hits >= 2 && lookups == 7, "{counters}");
+
+    // The same from standard input; a prompt without tokens is refused, the others go on.
+    let folder = tempfile::tempdir().unwrap();
+    let input = folder.path().join("prompts");
+    std::fs::write(&input, "In the beginning\n\nAnd God\n").unwrap();
+    let input = std::fs::File::open(&input).unwrap();
+    let mut command = Command::new(serve.path());
+    let (again, counters) = run_serve(command.arg(common::demo_model()).arg("24").stdin(input));
+    let of = |out: &str, number: &str| -> Vec<String> {
+        out.lines().filter_map(|l| l.strip_prefix(number)).map(str::to_owned).collect()
+    };
+    assert_eq!((of(&again, "1| "), of(&again, "3| ")), (of(&out, "1| "), of(&out, "2| ")));
+    assert!(counters.contains("prompt 2 is refused"), "{counters}");
+    let missing = Command::new(serve.path()).args(["/no/such/model", "3", "x"]).output().unwrap();
+    assert_eq!(missing.status.code(), Some(1));
+}
+
+#[test]
+fn the_document_quotes_the_example() {
+    let read = |path: &str| std::fs::read_to_string(common::root().join(path)).unwrap();
+    let (document, example) = (read("docs/serving.md"), read("examples/c/serve.c"));
+    let blocks: Vec<&str> = document.split("```c\n").skip(1).map(|b| b.split("```").next().unwrap()).collect();
+    assert!(blocks.len() >= 3);
+    for block in blocks {
+        assert!(example.contains(block), "not in examples/c/serve.c:\n{block}");
+    }
+}
+
 #[test]
 fn only_phd_symbols_are_exported() {
     let symbols = run(Command::new("nm").args(["-D", "--defined-only"]).arg(library_folder().join("libphd.so")));

@@ -124,6 +124,25 @@ fn threads_stay_within_the_affinity() {
 }
 
 #[test]
+fn bench_times_what_servers_wait_for() {
+    let json = |arguments: &[&str]| -> serde_json::Value {
+        serde_json::from_str(&stdout(&[&["bench", "MODEL"], arguments, &["--json"]].concat())).unwrap()
+    };
+    let cancel = json(&["--prompt", "1500", "--cancel", "8"]);
+    let ms = |field: &str| cancel[field].as_f64().unwrap();
+    assert!(cancel["cancelled"].as_u64().unwrap() > 0 && ms("median_ms") <= ms("worst_ms"), "{cancel}");
+    assert!(ms("worst_ms") < ms("prefill_ms"), "{cancel}");
+    let prefix = json(&["--prefix", "200", "--prefills", "1"]);
+    // Blocks of two positions.
+    assert_eq!(
+        (prefix["grown_positions"].as_u64(), prefix["allocated"].as_bool()),
+        (Some(16), Some(false)),
+        "{prefix}"
+    );
+    assert!(prefix["ratio"].as_f64().unwrap() > 1.0, "{prefix}");
+}
+
+#[test]
 fn mistakes_are_explained() {
     for (arguments, code, word) in [
         (vec!["run", "/no/such/model", "-p", "x"], 1, "/no/such/model"),

@@ -8,10 +8,10 @@ mod common;
 
 use std::cell::RefCell;
 use std::collections::HashMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
-use common::{difference, golden, load};
+use common::{difference, golden, load, one_layer};
 use phd::model::{BackendKind, Model};
 use phd::session::{BatchEntry, CacheType, Logits, Policy, Pooling, Session, SessionOptions, WhenFull};
 use phd::{Error, Result};
@@ -353,20 +353,6 @@ impl<'a> Program<'a> {
         }
         self.check(op);
     }
-}
-
-/// A golden checkpoint cut down to its first layer.
-fn one_layer(path: &Path, folder: &Path) -> PathBuf {
-    let bytes = std::fs::read(path.join("model.safetensors")).unwrap();
-    let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
-    let first = |name: &str| !name.contains(".layers.") || name.contains(".layers.0.");
-    let tensors: Vec<_> = file.tensors().into_iter().filter(|(name, _)| first(name)).collect();
-    safetensors::serialize_to_file(tensors, None, &folder.join("model.safetensors")).unwrap();
-    let config = std::fs::read_to_string(path.join("config.json")).unwrap();
-    let mut config: serde_json::Value = serde_json::from_str(&config).unwrap();
-    config["num_hidden_layers"] = 1.into();
-    std::fs::write(folder.join("config.json"), config.to_string()).unwrap();
-    folder.to_owned()
 }
 
 fn run_programs(path: &Path, backend: BackendKind, cases: u32) {

@@ -8,7 +8,7 @@ use allocations::COUNT;
 use common::{Golden, demo_model, difference, golden, load};
 use phd::Error;
 use phd::model::{BackendKind, LoadOptions, Model};
-use phd::session::{BatchEntry, CacheType, Logits, Session, SessionOptions};
+use phd::session::{BatchEntry, CacheType, Logits, Policy, Session, SessionOptions, WhenFull};
 
 fn cases() -> impl Iterator<Item = (Golden, BackendKind)> {
     golden().into_iter().flat_map(|g| [(g.clone(), BackendKind::Reference), (g, BackendKind::Cpu)])
@@ -20,6 +20,8 @@ fn calls_allocate_nothing() {
         let n = g.tokens.len();
         let options = SessionOptions { n_positions: 2 * n, n_sequences: 2, max_rows: 16, ..Default::default() };
         let mut s = Session::new(load(&g.path, backend), &options).unwrap();
+        // It takes effect at 2 n - 3 positions.
+        s.set_policy(0, Policy { when_full: WhenFull::DropMiddle { keep: 2 }, limit: 0 }).unwrap();
         let before = COUNT.get();
         s.prefill(0, &g.tokens[..n / 2]).unwrap();
         s.fork(0, 1).unwrap();
@@ -36,7 +38,16 @@ fn calls_allocate_nothing() {
             BatchEntry { seq: 0, tokens: &g.tokens[n / 4..], logits: Logits::Nothing },
         ])
         .unwrap();
+        s.retain(1).unwrap();
+        assert_eq!(s.take_prefix(1, &g.tokens[..n / 2]).unwrap(), n / 2);
+        s.decode(&[BatchEntry { seq: 1, tokens: &g.tokens[n / 2..n / 2 + 4], logits: Logits::Every }]).unwrap();
+        assert!(s.logits_at(1, 3).unwrap()[0].is_finite());
+        s.retain(1).unwrap();
+        for &token in &g.tokens {
+            s.step(0, token).unwrap();
+        }
         assert_eq!(COUNT.get(), before, "{}", g.name);
+        assert!(s.dropped(0).unwrap() > 0 && s.stats().snapshot().evicted > 0, "{}", g.name);
     }
 }
 

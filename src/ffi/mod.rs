@@ -104,24 +104,38 @@ unsafe fn path_of<'a>(path: *const c_char) -> Result<&'a Path> {
     path.to_str().map(Path::new).map_err(|_| invalid!("path is not UTF-8"))
 }
 
-/// Copies `from` into the caller's buffer; a small one gets `BufferTooSmall` and the size in `*n`.
+/// Whether the caller's buffer has room for `needed` elements; a small one gets `BufferTooSmall` and the size in `*n`. Nothing else
+/// is written: what follows may still fail.
 ///
 /// # Safety
-/// `to` is null or writable for `capacity` elements.
-unsafe fn copy_out<T: Copy, U>(from: &[T], to: *mut U, capacity: usize, n: *mut usize, name: &str) -> Result<()> {
-    assert_eq!(size_of::<T>(), size_of::<U>());
+/// `n` is null or the caller's size_t.
+unsafe fn check_room<U>(to: *mut U, capacity: usize, needed: usize, n: *mut usize, name: &str) -> Result<()> {
     if to.is_null() && capacity > 0 {
         return Err(invalid!("{name} is null, but its capacity is {capacity}"));
     }
-    // SAFETY: `n` is null or the caller's size_t.
-    unsafe { output(n, "the length") }?.write(from.len());
-    if from.len() > capacity {
-        return Err(Error::BufferTooSmall { needed: from.len(), capacity });
+    // SAFETY: the caller's promise.
+    let n = unsafe { output(n, "the length") }?;
+    if needed > capacity {
+        n.write(needed);
+        return Err(Error::BufferTooSmall { needed, capacity });
     }
-    if !from.is_empty() {
-        // SAFETY: `to` is writable for `capacity` >= `from.len()` elements of the same size, and freshly owned text cannot
-        // overlap it.
-        unsafe { std::ptr::copy_nonoverlapping(from.as_ptr().cast(), to, from.len()) };
+    Ok(())
+}
+
+/// Copies `from` into the caller's buffer; a small one gets `BufferTooSmall` and the size in `*n`.
+///
+/// # Safety
+/// `to` is null or writable for `capacity` elements, `n` null or the caller's size_t.
+unsafe fn copy_out<T: Copy, U>(from: &[T], to: *mut U, capacity: usize, n: *mut usize, name: &str) -> Result<()> {
+    assert_eq!(size_of::<T>(), size_of::<U>());
+    // SAFETY: the caller's promises; `to` is writable for `capacity` >= `from.len()` elements of the same size, and freshly owned
+    // memory cannot overlap it.
+    unsafe {
+        check_room(to, capacity, from.len(), n, name)?;
+        output(n, "the length")?.write(from.len());
+        if !from.is_empty() {
+            std::ptr::copy_nonoverlapping(from.as_ptr().cast(), to, from.len());
+        }
     }
     Ok(())
 }

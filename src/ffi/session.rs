@@ -9,7 +9,7 @@ use super::params::{
     self, PHD_ENTRY_LOGITS, PHD_ENTRY_LOGITS_ALL, phd_batch_entry, phd_memory, phd_seq_policy, phd_session_params,
     phd_stats, phd_usage,
 };
-use super::{borrow, copy_out, guard, input, output, path_of, phd_error, phd_model, phd_status};
+use super::{borrow, check_room, copy_out, guard, input, output, path_of, phd_error, phd_model, phd_status};
 use crate::error::{Error, Result, invalid};
 use crate::session::{BatchEntry, CacheType, CancelHandle, Logits, Policy, Pooling, Session, SessionOptions, WhenFull};
 use crate::stats::Stats;
@@ -299,9 +299,9 @@ pub unsafe extern "C" fn phd_score(
     unsafe {
         with(session, error, |s| {
             let tokens = input(tokens, n_tokens, "tokens")?;
-            let (n, count) = (tokens.len().saturating_sub(1), output(n_scores, "n_scores")?);
-            let out = buffer(scores, capacity, n, "scores", count)?;
-            s.score_into(seq.into(), tokens, out)
+            check_room(scores, capacity, tokens.len().saturating_sub(1), n_scores, "scores")?;
+            let found = s.score(seq.into(), tokens)?;
+            copy_out(&found, scores, capacity, n_scores, "scores")
         })
     }
 }
@@ -331,43 +331,11 @@ pub unsafe extern "C" fn phd_embed(
                 other => return Err(invalid!("pooling is {other}, expected a phd_pooling")),
             };
             let tokens = input(tokens, n_tokens, "tokens")?;
-            let n = s.model().desc().n_embd;
-            let out = buffer(embedding, capacity, n, "embedding", output(n_embd, "n_embd")?)?;
-            s.embed(seq.into(), tokens, pooling, normalize, out)
+            let mut found = vec![0.0f32; s.model().desc().n_embd];
+            check_room(embedding, capacity, found.len(), n_embd, "embedding")?;
+            s.embed(seq.into(), tokens, pooling, normalize, &mut found)?;
+            copy_out(&found, embedding, capacity, n_embd, "embedding")
         })
-    }
-}
-
-/// What all-zero bytes are a value of.
-trait Number: Copy {}
-impl Number for f32 {}
-impl Number for u8 {}
-
-/// The caller's buffer for `n` elements; a small one gets `BufferTooSmall` and the size in `count`.
-///
-/// # Safety
-/// `data` is null or writable for `capacity` elements that nobody else uses.
-unsafe fn buffer<'a, T: Number>(
-    data: *mut T,
-    capacity: usize,
-    n: usize,
-    name: &str,
-    count: &mut std::mem::MaybeUninit<usize>,
-) -> Result<&'a mut [T]> {
-    if data.is_null() && capacity > 0 {
-        return Err(invalid!("{name} is null, but its capacity is {capacity}"));
-    }
-    count.write(n);
-    if capacity < n {
-        return Err(Error::BufferTooSmall { needed: n, capacity });
-    }
-    if n == 0 {
-        return Ok(&mut []);
-    }
-    // SAFETY: not null, and writable for `n` elements by the caller's promise; zeroed first, since C may not have.
-    unsafe {
-        std::ptr::write_bytes(data, 0, n);
-        Ok(std::slice::from_raw_parts_mut(data, n))
     }
 }
 
@@ -625,9 +593,13 @@ pub unsafe extern "C" fn phd_seq_save(
     // SAFETY: a live handle and a writable buffer, by the C contract.
     unsafe {
         with(session, error, |s| {
-            let count = output(n_bytes, "n_bytes")?;
-            let out = buffer(state, capacity, s.save_size(seq.into())?, "state", count)?;
-            s.save(seq.into(), out)
+            let n = s.save_size(seq.into())?;
+            check_room(state, capacity, n, n_bytes, "state")?;
+            // C may not have written the buffer yet.
+            std::ptr::write_bytes(state, 0, n);
+            s.save(seq.into(), std::slice::from_raw_parts_mut(state, n))?;
+            output(n_bytes, "n_bytes")?.write(n);
+            Ok(())
         })
     }
 }

@@ -222,6 +222,396 @@ static void sessions(const char *golden) {
   phd_session_free(other);
 }
 
+enum { VOCAB = 128, EMBD = 64, TEXT = 20 };
+
+/* What a failed call must leave alone. */
+typedef struct {
+  size_t length;
+  bool has_logits;
+  float logits[VOCAB];
+} sequence;
+
+static sequence look(const phd_session *session, int32_t seq) {
+  sequence found;
+  const float *logits = NULL;
+  size_t n = 0;
+  memset(&found, 0, sizeof found);
+  OK(phd_seq_length(session, seq, &found.length, &error));
+  found.has_logits = phd_logits(session, seq, &logits, &n, NULL) == PHD_OK;
+  if (found.has_logits) memcpy(found.logits, logits, sizeof found.logits);
+  return found;
+}
+
+static bool unchanged(const phd_session *session, int32_t seq, const sequence *before) {
+  const sequence now = look(session, seq);
+  return now.length == before->length && now.has_logits == before->has_logits &&
+         memcmp(now.logits, before->logits, sizeof now.logits) == 0;
+}
+
+static bool close_to(const float *found, const float *expected, size_t n) {
+  for (size_t i = 0; i < n; i++) {
+    if (!(fabsf(found[i] - expected[i]) < 1e-4f)) return false;
+  }
+  return true;
+}
+
+static phd_session *new_session(const phd_model *model) {
+  phd_session *session = NULL;
+  phd_session_params params, old;
+  phd_session_params_init(&params, sizeof params);
+  CHECK(params.n_retained == 64 && params.n_draft == 0 && params.batch_invariant == 0 && params.reserved == 0);
+  params.n_positions = 128;
+  params.n_sequences = 2;
+  params.cache_type = PHD_CACHE_F32;
+  params.reserved = 5;
+  INVALID("reserved 5", phd_session_create(model, &params, &session, &error));
+  params.reserved = 0;
+  params.batch_invariant = 2;
+  INVALID("batch_invariant is 2", phd_session_create(model, &params, &session, &error));
+  params.batch_invariant = 1;
+  params.n_draft = 1000;
+  INVALID("n_draft is 1000", phd_session_create(model, &params, &session, &error));
+  params.n_draft = 19;
+  params.n_retained = 1u << 20;
+  INVALID("n_retained is 1048576", phd_session_create(model, &params, &session, &error));
+  CHECK(session == NULL);
+
+  /* A program that was compiled before there were these fields: they are not read, whatever stands there. */
+  memset(&old, 0xff, sizeof old);
+  phd_session_params_init(&old, offsetof(phd_session_params, n_retained));
+  old.n_positions = 128;
+  OK(phd_session_create(model, &old, &session, &error));
+  phd_session_free(session);
+
+  params.n_retained = 2;
+  OK(phd_session_create(model, &params, &session, &error));
+  return session;
+}
+
+/* Logits of every position, scores and embeddings; sequence 0 has the first TEXT tokens afterwards, sequence 1 nothing. */
+static void every_position(phd_session *session, const int32_t *tokens) {
+  static float all[TEXT][VOCAB];
+  const float *logits = NULL;
+  float scores[TEXT], expected, embedding[EMBD], single[EMBD], length = 0.0f;
+  size_t n = 0;
+  int32_t wrong[2] = {1, VOCAB};
+  phd_batch_entry entry;
+  sequence before;
+  memset(&entry, 0, sizeof entry);
+  entry.struct_size = sizeof entry;
+  entry.flags = PHD_ENTRY_LOGITS_ALL;
+  entry.tokens = tokens;
+  entry.n_tokens = TEXT;
+  OK(phd_decode(session, &entry, 1, &error));
+  for (size_t i = 0; i < TEXT; i++) {
+    OK(phd_logits_at(session, 0, i, &logits, &n, &error));
+    CHECK(n == VOCAB);
+    memcpy(all[i], logits, sizeof all[i]);
+  }
+  OK(phd_logits(session, 0, &logits, &n, &error));
+  CHECK(memcmp(logits, all[TEXT - 1], sizeof all[0]) == 0);
+  INVALID("20 tokens", phd_logits_at(session, 0, TEXT, &logits, &n, &error));
+  INVALID("20 tokens", phd_logits_at(session, 0, SIZE_MAX, &logits, &n, &error));
+  INVALID("0 tokens", phd_logits_at(session, 1, 0, &logits, &n, &error));
+  INVALID("sequence 2", phd_logits_at(session, 2, 0, &logits, &n, &error));
+  INVALID("logits is null", phd_logits_at(session, 0, 0, NULL, &n, &error));
+  INVALID("n_vocab is null", phd_logits_at(session, 0, 0, &logits, NULL, &error));
+  INVALID("session", phd_logits_at(NULL, 0, 0, &logits, &n, &error));
+  before = look(session, 0);
+  entry.n_tokens = 41;
+  INVALID("n_draft", phd_decode(session, &entry, 1, &error));
+  entry.n_tokens = 1;
+  entry.flags = 4;
+  INVALID("flags 0x4", phd_decode(session, &entry, 1, &error));
+  CHECK(unchanged(session, 0, &before));
+  OK(phd_logits_at(session, 0, 3, &logits, &n, &error));
+  CHECK(memcmp(logits, all[3], sizeof all[3]) == 0);
+
+  for (int i = 0; i < TEXT; i++) scores[i] = 7.0f;
+  INVALID("session", phd_score(NULL, 1, tokens, TEXT, scores, TEXT, &n, &error));
+  INVALID("sequence 2", phd_score(session, 2, tokens, TEXT, scores, TEXT, &n, &error));
+  INVALID("tokens is null", phd_score(session, 1, NULL, TEXT, scores, TEXT, &n, &error));
+  INVALID("0 tokens", phd_score(session, 1, tokens, 0, scores, TEXT, &n, &error));
+  INVALID("scores is null", phd_score(session, 1, tokens, TEXT, NULL, TEXT, &n, &error));
+  INVALID("null", phd_score(session, 1, tokens, TEXT, scores, TEXT, NULL, &error));
+  INVALID("128", phd_score(session, 1, wrong, 2, scores, TEXT, &n, &error));
+  OK(phd_seq_cancel(session, 1, &error));
+  EXPECT(PHD_ERROR_CANCELLED, "cancelled", phd_score(session, 1, tokens, TEXT, scores, TEXT, &n, &error));
+  n = 0;
+  EXPECT(PHD_ERROR_BUFFER_TOO_SMALL, "18 elements", phd_score(session, 1, tokens, TEXT, scores, TEXT - 2, &n, &error));
+  CHECK(n == TEXT - 1);
+  for (int i = 0; i < TEXT; i++) CHECK(scores[i] == 7.0f);
+  OK(phd_seq_length(session, 1, &n, &error));
+  CHECK(n == 0);
+  OK(phd_score(session, 1, tokens, TEXT, scores, TEXT, &n, &error));
+  CHECK(n == TEXT - 1 && scores[TEXT - 1] == 7.0f);
+  for (int i = 0; i + 1 < TEXT; i++) {
+    OK(phd_logprobs(all[i], VOCAB, tokens + i + 1, 1, &expected, &error));
+    CHECK(fabsf(scores[i] - expected) < 1e-4f);
+  }
+  OK(phd_seq_length(session, 1, &n, &error));
+  CHECK(n == TEXT);
+  INVALID("no logits", phd_logits(session, 1, &logits, &n, &error));
+
+  OK(phd_seq_truncate(session, 1, 0, &error));
+  INVALID("pooling is 2", phd_embed(session, 1, tokens, TEXT, 2, true, embedding, EMBD, &n, &error));
+  INVALID("session", phd_embed(NULL, 1, tokens, TEXT, PHD_POOLING_LAST, true, embedding, EMBD, &n, &error));
+  INVALID("tokens is null", phd_embed(session, 1, NULL, 1, PHD_POOLING_LAST, true, embedding, EMBD, &n, &error));
+  INVALID("no tokens", phd_embed(session, 1, tokens, 0, PHD_POOLING_LAST, true, embedding, EMBD, &n, &error));
+  INVALID("embedding is null", phd_embed(session, 1, tokens, 1, PHD_POOLING_LAST, true, NULL, EMBD, &n, &error));
+  EXPECT(PHD_ERROR_BUFFER_TOO_SMALL, "63 elements",
+         phd_embed(session, 1, tokens, TEXT, PHD_POOLING_MEAN, true, embedding, EMBD - 1, &n, &error));
+  CHECK(n == EMBD);
+  OK(phd_seq_length(session, 1, &n, &error));
+  CHECK(n == 0);
+  OK(phd_embed(session, 1, tokens, TEXT, PHD_POOLING_MEAN, true, embedding, EMBD, &n, &error));
+  CHECK(n == EMBD);
+  for (int i = 0; i < EMBD; i++) length += embedding[i] * embedding[i];
+  CHECK(fabsf(length - 1.0f) < 1e-4f);
+  INVALID("no logits", phd_logits(session, 1, &logits, &n, &error));
+  /* Of one token the mean is the last. */
+  OK(phd_seq_truncate(session, 1, 0, &error));
+  OK(phd_embed(session, 1, tokens, 1, PHD_POOLING_MEAN, false, embedding, EMBD, &n, &error));
+  OK(phd_seq_truncate(session, 1, 0, &error));
+  OK(phd_embed(session, 1, tokens, 1, PHD_POOLING_LAST, false, single, EMBD, &n, &error));
+  CHECK(memcmp(embedding, single, sizeof single) == 0);
+  OK(phd_seq_truncate(session, 1, 0, &error));
+}
+
+/* Retained texts, what the pool and the counters say; sequence 0 is empty afterwards, sequence 1 has the first TEXT tokens. */
+static void prefixes(phd_session *session, const int32_t *tokens) {
+  const sequence before = look(session, 0);
+  const float *logits = NULL;
+  int32_t text[TEXT], other[2] = {tokens[1], tokens[0]}, wrong = -3, seq = 77;
+  size_t n = 0;
+  phd_usage usage;
+  phd_stats stats, first;
+  first.struct_size = sizeof first;
+  OK(phd_session_stats(session, &first, &error));
+
+  memset(text, 0, sizeof text);
+  INVALID("session", phd_seq_tokens(NULL, 0, text, TEXT, &n, &error));
+  INVALID("sequence -1", phd_seq_tokens(session, -1, text, TEXT, &n, &error));
+  INVALID("tokens is null", phd_seq_tokens(session, 0, NULL, TEXT, &n, &error));
+  INVALID("null", phd_seq_tokens(session, 0, text, TEXT, NULL, &error));
+  EXPECT(PHD_ERROR_BUFFER_TOO_SMALL, "19 elements", phd_seq_tokens(session, 0, text, TEXT - 1, &n, &error));
+  CHECK(n == TEXT && text[0] == 0);
+  OK(phd_seq_tokens(session, 0, text, TEXT, &n, &error));
+  CHECK(n == TEXT && memcmp(text, tokens, sizeof text) == 0);
+  OK(phd_seq_tokens(session, 1, NULL, 0, &n, &error));
+  CHECK(n == 0);
+
+  INVALID("session", phd_seq_retain(NULL, 0, &error));
+  INVALID("sequence 9", phd_seq_retain(session, 9, &error));
+  CHECK(unchanged(session, 0, &before));
+  OK(phd_seq_retain(session, 0, &error));
+  OK(phd_seq_length(session, 0, &n, &error));
+  CHECK(n == 0);
+  INVALID("no logits", phd_logits(session, 0, &logits, &n, &error));
+
+  memset(&usage, 0xff, sizeof usage);
+  usage.struct_size = offsetof(phd_usage, shared);
+  OK(phd_session_usage(session, &usage, &error));
+  CHECK(usage.used == 0 && usage.free == 128 - TEXT && usage.shared == UINT64_MAX && usage.block == UINT64_MAX);
+  usage.struct_size = sizeof usage;
+  OK(phd_session_usage(session, &usage, &error));
+  CHECK(usage.used == 0 && usage.shared == 0 && usage.retained == TEXT && usage.block == 1);
+  INVALID("session", phd_session_usage(NULL, &usage, &error));
+  INVALID("out", phd_session_usage(session, NULL, &error));
+  usage.struct_size = 8;
+  INVALID("struct_size is 8", phd_session_usage(session, &usage, &error));
+
+  INVALID("session", phd_seq_match_prefix(NULL, tokens, TEXT, &n, &seq, &error));
+  INVALID("tokens is null", phd_seq_match_prefix(session, NULL, TEXT, &n, &seq, &error));
+  INVALID("n_positions is null", phd_seq_match_prefix(session, tokens, TEXT, NULL, &seq, &error));
+  INVALID("seq is null", phd_seq_match_prefix(session, tokens, TEXT, &n, NULL, &error));
+  INVALID("token 0 is -3", phd_seq_match_prefix(session, &wrong, 1, &n, &seq, &error));
+  CHECK(seq == 77);
+  OK(phd_seq_match_prefix(session, tokens, N, &n, &seq, &error));
+  CHECK(n == TEXT && seq == -1);
+  OK(phd_seq_match_prefix(session, other, 2, &n, &seq, &error));
+  CHECK(n == 0 && seq == -1);
+
+  INVALID("session", phd_seq_take_prefix(NULL, 1, tokens, TEXT, &n, &error));
+  INVALID("sequence 2", phd_seq_take_prefix(session, 2, tokens, TEXT, &n, &error));
+  INVALID("tokens is null", phd_seq_take_prefix(session, 1, NULL, TEXT, &n, &error));
+  INVALID("n_positions is null", phd_seq_take_prefix(session, 1, tokens, TEXT, NULL, &error));
+  INVALID("token 0 is -3", phd_seq_take_prefix(session, 1, &wrong, 1, &n, &error));
+  OK(phd_seq_take_prefix(session, 1, tokens, TEXT - 1, &n, &error));
+  CHECK(n == TEXT - 1);
+  INVALID("no logits", phd_logits(session, 1, &logits, &n, &error));
+  OK(phd_step(session, 1, tokens[TEXT - 1], &error));
+  OK(phd_logits(session, 1, &logits, &n, &error));
+  CHECK(close_to(logits, before.logits, VOCAB));
+  OK(phd_seq_match_prefix(session, tokens, N, &n, &seq, &error));
+  CHECK(n == TEXT && seq == 1);
+  OK(phd_seq_take_prefix(session, 0, other, 2, &n, &error));
+  CHECK(n == 0);
+  OK(phd_seq_take_prefix(session, 0, NULL, 0, &n, &error));
+  CHECK(n == 0);
+  /* 19 positions are the retained text's, too. */
+  usage.struct_size = sizeof usage;
+  OK(phd_session_usage(session, &usage, &error));
+  CHECK(usage.used == TEXT && usage.retained == 1 && usage.free == 128 - TEXT - 1 && usage.shared == 0);
+
+  memset(&stats, 0xff, sizeof stats);
+  stats.struct_size = offsetof(phd_stats, step_tokens);
+  OK(phd_session_stats(session, &stats, &error));
+  CHECK(stats.prompt_tokens == first.prompt_tokens && stats.step_tokens == UINT64_MAX);
+  stats.struct_size = sizeof stats;
+  OK(phd_session_stats(session, &stats, &error));
+  CHECK(stats.step_tokens == first.step_tokens + 1 && stats.calls == first.calls + 1 && stats.passes == first.passes + 1);
+  CHECK(stats.prefix_lookups == first.prefix_lookups + 3 && stats.prefix_hits == first.prefix_hits + 1);
+  CHECK(stats.prefix_tokens == first.prefix_tokens + TEXT - 1 && stats.rows > first.rows);
+  CHECK(stats.step_ns > first.step_ns && stats.prefill_ns == first.prefill_ns && stats.wait_ns >= first.wait_ns);
+  CHECK(stats.dropped == 0 && stats.evicted == 0 && stats.cancelled == 1 && stats.cache_full == 0);
+  INVALID("session", phd_session_stats(NULL, &stats, &error));
+  INVALID("out", phd_session_stats(session, NULL, &error));
+  stats.struct_size = 1;
+  INVALID("struct_size is 1", phd_session_stats(session, &stats, &error));
+}
+
+/* Sequence 0 drops its middle. */
+static void policies(phd_session *session, const int32_t *tokens) {
+  phd_seq_policy policy;
+  int32_t text[64];
+  size_t n = 0;
+  sequence before;
+  memset(&policy, 0xff, sizeof policy);
+  phd_seq_policy_init(&policy, sizeof policy);
+  CHECK(policy.struct_size == sizeof policy && policy.when_full == PHD_WHEN_FULL_STOP && policy.n_keep == 0);
+  CHECK(policy.limit == 0 && policy.reserved == 0);
+  phd_seq_policy_init(NULL, sizeof policy);
+  INVALID("session", phd_seq_set_policy(NULL, 0, &policy, &error));
+  INVALID("sequence 2", phd_seq_set_policy(session, 2, &policy, &error));
+  OK(phd_seq_set_policy(session, 0, NULL, &error));
+  policy.struct_size = 3;
+  INVALID("struct_size is 3", phd_seq_set_policy(session, 0, &policy, &error));
+  policy.struct_size = sizeof policy;
+  policy.when_full = 2;
+  INVALID("when_full is 2", phd_seq_set_policy(session, 0, &policy, &error));
+  policy.when_full = PHD_WHEN_FULL_DROP_MIDDLE;
+  policy.reserved = 1;
+  INVALID("reserved is 1", phd_seq_set_policy(session, 0, &policy, &error));
+  policy.reserved = 0;
+  policy.limit = 129;
+  INVALID("limit is 129", phd_seq_set_policy(session, 0, &policy, &error));
+  policy.n_keep = 4;
+  policy.limit = 36;
+  INVALID("limit is 36, expected 37 to 123", phd_seq_set_policy(session, 0, &policy, &error));
+  policy.limit = 124;
+  INVALID("limit is 124", phd_seq_set_policy(session, 0, &policy, &error));
+
+  policy.when_full = PHD_WHEN_FULL_STOP;
+  policy.limit = 64;
+  OK(phd_seq_set_policy(session, 0, &policy, &error));
+  OK(phd_prefill(session, 0, tokens, 64, &error));
+  before = look(session, 0);
+  EXPECT(PHD_ERROR_CACHE_FULL, "1 more", phd_step(session, 0, 1, &error));
+  CHECK(unchanged(session, 0, &before));
+
+  policy.when_full = PHD_WHEN_FULL_DROP_MIDDLE;
+  OK(phd_seq_set_policy(session, 0, &policy, &error));
+  OK(phd_seq_cancel(session, 0, &error));
+  EXPECT(PHD_ERROR_CANCELLED, "cancelled", phd_step(session, 0, 1, &error));
+  CHECK(unchanged(session, 0, &before));
+  OK(phd_seq_dropped(session, 0, &n, &error));
+  CHECK(n == 0);
+  OK(phd_step(session, 0, 1, &error));
+  OK(phd_seq_dropped(session, 0, &n, &error));
+  CHECK(n == 32);
+  OK(phd_seq_tokens(session, 0, text, 64, &n, &error));
+  CHECK(n == 33 && memcmp(text, tokens, 4 * sizeof *text) == 0 && text[32] == 1);
+  CHECK(memcmp(text + 4, tokens + 36, 28 * sizeof *text) == 0);
+  INVALID("session", phd_seq_dropped(NULL, 0, &n, &error));
+  INVALID("sequence 2", phd_seq_dropped(session, 2, &n, &error));
+  INVALID("n_positions is null", phd_seq_dropped(session, 0, NULL, &error));
+}
+
+/* A sequence as bytes and as a file. */
+static void states(const phd_model *model, phd_session *session, const char *folder, const char *path) {
+  phd_session *halves = NULL;
+  phd_session_params params;
+  sequence saved = look(session, 0), before = look(session, 1);
+  size_t n = 0, written = 0;
+  uint8_t *state = NULL;
+  FILE *file = NULL;
+  INVALID("session", phd_seq_save(NULL, 0, NULL, 0, &n, &error));
+  INVALID("sequence 2", phd_seq_save(session, 2, NULL, 0, &n, &error));
+  INVALID("state is null", phd_seq_save(session, 0, NULL, 4, &n, &error));
+  INVALID("null", phd_seq_save(session, 0, NULL, 0, NULL, &error));
+  EXPECT(PHD_ERROR_BUFFER_TOO_SMALL, "0 elements", phd_seq_save(session, 0, NULL, 0, &n, &error));
+  CHECK(n > saved.length * 3 * 2 * 32 * 4 + VOCAB * 4 && n < 40000);
+  state = (uint8_t *)malloc(n);
+  CHECK(state != NULL);
+  EXPECT(PHD_ERROR_BUFFER_TOO_SMALL, "elements", phd_seq_save(session, 0, state, n - 1, &n, &error));
+  OK(phd_seq_save(session, 0, state, n, &written, &error));
+  CHECK(written == n);
+
+  INVALID("session", phd_seq_restore(NULL, 1, state, n, &error));
+  INVALID("sequence 2", phd_seq_restore(session, 2, state, n, &error));
+  INVALID("state is null", phd_seq_restore(session, 1, NULL, n, &error));
+  INVALID("0 bytes", phd_seq_restore(session, 1, NULL, 0, &error));
+  INVALID("more than memory", phd_seq_restore(session, 1, state, SIZE_MAX, &error));
+  for (size_t i = 0; i < n; i += i < 80 ? 1 : 997) {
+    INVALID("saved state", phd_seq_restore(session, 1, state, i, &error));
+    state[i] ^= 16;
+    INVALID("saved state", phd_seq_restore(session, 1, state, n, &error));
+    state[i] ^= 16;
+  }
+  phd_session_params_init(&params, sizeof params);
+  OK(phd_session_create(model, &params, &halves, &error));
+  INVALID("cache type", phd_seq_restore(halves, 0, state, n, &error));
+  phd_session_free(halves);
+  CHECK(unchanged(session, 1, &before));
+  OK(phd_seq_restore(session, 1, state, n, &error));
+  CHECK(unchanged(session, 1, &saved));
+  OK(phd_seq_dropped(session, 1, &written, &error));
+  CHECK(written == 32);
+  OK(phd_step(session, 0, 5, &error));
+  OK(phd_step(session, 1, 5, &error));
+  saved = look(session, 0);
+  before = look(session, 1);
+  CHECK(close_to(saved.logits, before.logits, VOCAB));
+
+  INVALID("session", phd_seq_save_file(NULL, 0, path, &error));
+  INVALID("path is null", phd_seq_save_file(session, 0, NULL, &error));
+  INVALID("sequence 2", phd_seq_save_file(session, 2, path, &error));
+  EXPECT(PHD_ERROR_IO, "/no/such/folder", phd_seq_save_file(session, 0, "/no/such/folder/state", &error));
+  INVALID("session", phd_seq_restore_file(NULL, 1, path, &error));
+  INVALID("path is null", phd_seq_restore_file(session, 1, NULL, &error));
+  EXPECT(PHD_ERROR_IO, path, phd_seq_restore_file(session, 1, path, &error));
+  EXPECT(PHD_ERROR_IO, folder, phd_seq_restore_file(session, 1, folder, &error));
+  file = fopen(path, "wb");
+  CHECK(file != NULL);
+  if (file != NULL) {
+    CHECK(fwrite(state, 1, n - 1, file) == n - 1);
+    fclose(file);
+  }
+  EXPECT(PHD_ERROR_FORMAT, path, phd_seq_restore_file(session, 1, path, &error));
+  CHECK(unchanged(session, 1, &before));
+  OK(phd_seq_save_file(session, 0, path, &error));
+  OK(phd_seq_restore_file(session, 1, path, &error));
+  CHECK(unchanged(session, 1, &saved));
+  CHECK(remove(path) == 0);
+  free(state);
+}
+
+static void serving(const char *golden, const char *folder, const char *state_path) {
+  phd_model *model = NULL;
+  phd_session *session;
+  int32_t tokens[64];
+  for (int i = 0; i < 64; i++) tokens[i] = (i * 37 + 11) % VOCAB;
+  OK(phd_model_load(golden, NULL, &model, &error));
+  session = new_session(model);
+  every_position(session, tokens);
+  prefixes(session, tokens);
+  policies(session, tokens);
+  states(model, session, folder, state_path);
+  phd_session_free(session);
+  phd_model_free(model);
+}
+
 static void set(const char **text, size_t *len, const char *value) {
   *text = value;
   *len = value == NULL ? 0 : strlen(value);
@@ -519,6 +909,7 @@ static void conversion(const char *golden) {
 }
 
 int main(int argc, char **argv) {
+  char state_path[4096];
   if (argc != 4) return 2;
   CHECK(phd_abi_version() == 1 && strlen(phd_version()) > 4);
   CHECK(strcmp(phd_status_name(PHD_ERROR_CACHE_FULL), "PHD_ERROR_CACHE_FULL") == 0);
@@ -531,6 +922,8 @@ int main(int argc, char **argv) {
   phd_error_free(NULL);
   models(argv[1], argv[3]);
   sessions(argv[1]);
+  snprintf(state_path, sizeof state_path, "%s.state", argv[0]);
+  serving(argv[1], argv[3], state_path);
   text(argv[2]);
   samplers(argv[2]);
   conversion(argv[1]);

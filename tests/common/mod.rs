@@ -53,6 +53,20 @@ fn read_golden(path: &Path) -> Golden {
     }
 }
 
+/// A golden checkpoint cut down to its first layer.
+pub fn one_layer(path: &Path, folder: &Path) -> PathBuf {
+    let bytes = std::fs::read(path.join("model.safetensors")).unwrap();
+    let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let first = |name: &str| !name.contains(".layers.") || name.contains(".layers.0.");
+    let tensors: Vec<_> = file.tensors().into_iter().filter(|(name, _)| first(name)).collect();
+    safetensors::serialize_to_file(tensors, None, &folder.join("model.safetensors")).unwrap();
+    let config = std::fs::read_to_string(path.join("config.json")).unwrap();
+    let mut config: serde_json::Value = serde_json::from_str(&config).unwrap();
+    config["num_hidden_layers"] = 1.into();
+    std::fs::write(folder.join("config.json"), config.to_string()).unwrap();
+    folder.to_owned()
+}
+
 pub fn load(path: &Path, backend: BackendKind) -> Arc<Model> {
     Arc::new(Model::load(path, LoadOptions { backend, ..Default::default() }).unwrap_or_else(|e| panic!("{e}")))
 }

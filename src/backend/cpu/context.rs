@@ -341,10 +341,18 @@ struct Phases<'a> {
 impl<'a> Phases<'a> {
     /// Waits for all threads; ends the step on all of them alike if that was asked for.
     fn meet(self) -> Option<()> {
-        if self.w.index == 0 && (self.cancelled)() {
-            self.w.ask_stop();
+        if self.w.index == 0 {
+            self.is_stopping();
         }
         (!self.w.barrier()).then_some(())
+    }
+
+    /// Whether the step is to end at the next [`Phases::meet`]: what is left of the phase is then for nothing.
+    fn is_stopping(self) -> bool {
+        if (self.cancelled)() {
+            self.w.ask_stop();
+        }
+        self.w.is_stop_asked()
     }
 
     /// Index in the plan of the `i`th row that goes on.
@@ -430,10 +438,11 @@ impl<'a> Phases<'a> {
         }
     }
 
-    /// This thread's pieces of `0..n_tiles`, multiples of `grain`: few enough to be read as streams.
+    /// This thread's pieces of `0..n_tiles`, multiples of `grain`: few enough to be read as streams, and none after a request to
+    /// stop, for which many rows would take too long.
     fn pieces(self, n_tiles: usize, grain: usize) -> impl Iterator<Item = Range<usize>> {
         let pieces = PIECES * self.w.n * grain;
-        self.w.pieces(n_tiles, n_tiles.div_ceil(pieces) * grain)
+        self.w.pieces(n_tiles, n_tiles.div_ceil(pieces) * grain).take_while(move |_| !self.is_stopping())
     }
 
     /// Some tiles of one projection.
@@ -557,7 +566,7 @@ impl<'a> Phases<'a> {
         let pieces = |t: &QueryTile| h.n_kv_heads * if is_split { t.parts() } else { 1 };
         let total = tiles.iter().map(pieces).sum();
         let slots = slots(&s.options.layout);
-        for mut piece in self.w.pieces(total, 1).map(|p| p.start) {
+        for mut piece in self.w.pieces(total, 1).map(|p| p.start).take_while(|_| !self.is_stopping()) {
             let tile = tiles.iter().find(|t| {
                 let here = piece < pieces(t);
                 piece -= if here { 0 } else { pieces(t) };
@@ -848,6 +857,7 @@ impl<'a> Phases<'a> {
                 });
             }
         }
-        Some(())
+        // The threads do not meet again.
+        (!self.w.is_stop_asked()).then_some(())
     }
 }

@@ -98,6 +98,11 @@ impl Worker<'_> {
         self.state.stop_asked.store(true, Ordering::Relaxed);
     }
 
+    /// Whether any thread has asked.
+    pub fn is_stop_asked(&self) -> bool {
+        self.state.stop_asked.load(Ordering::Relaxed)
+    }
+
     /// Waits for all threads; what they wrote before is visible after. `true`, for all of them alike: the step is to end.
     #[must_use]
     pub fn barrier(&self) -> bool {

@@ -32,6 +32,12 @@ pub struct Bench {
     /// Numbers of sequences that decode together, each with the first of --context cached
     #[arg(long, value_delimiter = ',')]
     sequences: Vec<usize>,
+    /// Instead: cancel so many prefills of --prompt tokens from another thread and time how long they take to stop
+    #[arg(long, value_name = "TRIES", conflicts_with = "prefix")]
+    cancel: Option<usize>,
+    /// Instead: time a request's first logits with a prefix of so many tokens computed, and with it taken over
+    #[arg(long, value_name = "TOKENS")]
+    prefix: Option<usize>,
     /// Print JSON
     #[arg(long)]
     json: bool,
@@ -52,6 +58,12 @@ struct Contender {
 
 impl Bench {
     pub fn execute(&self) -> Result<(), Failure> {
+        if let Some(tries) = self.cancel {
+            return crate::serving::cancel(&self.common, self.prompt.max(1), tries, self.json);
+        }
+        if let Some(n) = self.prefix {
+            return crate::serving::prefix(&self.common, n.max(1), self.prefills, self.json);
+        }
         if self.steps == 0 || self.copies_list.is_empty() || self.context.contains(&0) || self.sequences.contains(&0) {
             return Err("--steps, --copies-list, --context and --sequences need at least one".into());
         }

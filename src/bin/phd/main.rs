@@ -3,6 +3,7 @@
 mod bench;
 mod convert;
 mod generate;
+mod serving;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
