@@ -189,6 +189,20 @@ typedef enum phd_when_full {
 } phd_when_full;
 
 /*
+ Where drafts come from.
+ */
+typedef enum phd_draft_kind {
+  /*
+   The text itself: where its last tokens stood before, it may go on as it did there.
+   */
+  PHD_DRAFT_LOOKUP = 0,
+  /*
+   A smaller model of the same vocabulary.
+   */
+  PHD_DRAFT_MODEL,
+} phd_draft_kind;
+
+/*
  What went wrong: a status and a sentence. Freed by the caller.
  */
 typedef struct phd_error phd_error;
@@ -208,6 +222,12 @@ typedef struct phd_sampler phd_sampler;
  A fixed-size KV cache and the sequences in it. Calls from several threads wait for each other.
  */
 typedef struct phd_session phd_session;
+
+/*
+ Guesses how the texts of a session's sequences go on, and verifies the guesses: docs/speculative.md. One thread at a time may use it,
+ together with the session and the sampler of the call.
+ */
+typedef struct phd_speculator phd_speculator;
 
 /*
  A streaming detokenizer: holds back the bytes of a character that later tokens complete, and text that can be the
@@ -604,6 +624,54 @@ typedef struct phd_chat_params {
    */
   uint32_t reserved;
 } phd_chat_params;
+
+typedef struct phd_speculator_params {
+  size_t struct_size;
+  /*
+   A phd_draft_kind.
+   */
+  uint32_t kind;
+  /*
+   Drafts of a step at most, 1 to 256. The session's `n_draft` must be at least as large.
+   */
+  uint32_t n_draft;
+  /*
+   Lookup: tokens that must have stood before, and how many of them at most are compared, up to 64.
+   */
+  uint32_t ngram_min;
+  uint32_t ngram_max;
+  /*
+   Draft model: drafting stops before a token less probable than this; 0 = never.
+   */
+  float p_min;
+  /*
+   Must be 0.
+   */
+  uint32_t reserved;
+} phd_speculator_params;
+
+/*
+ Counts since a speculator was created.
+ */
+typedef struct phd_draft_stats {
+  size_t struct_size;
+  /*
+   Passes verified.
+   */
+  uint64_t steps;
+  /*
+   Drafts that they verified.
+   */
+  uint64_t drafted;
+  /*
+   Those that became text.
+   */
+  uint64_t accepted;
+  /*
+   Bytes of the draft model's session, weights not counted.
+   */
+  uint64_t draft_bytes;
+} phd_draft_stats;
 
 #ifdef __cplusplus
 extern "C" {
@@ -1068,6 +1136,91 @@ enum phd_status phd_seq_save_file(const struct phd_session *session,
 enum phd_status phd_seq_restore_file(struct phd_session *session,
                                      int32_t seq,
                                      const char *path,
+                                     struct phd_error **error);
+
+/*
+ Writes the defaults into `params`; `struct_size` is `sizeof(phd_speculator_params)`.
+ */
+void phd_speculator_params_init(struct phd_speculator_params *params, size_t struct_size);
+
+/*
+ Creates a speculator for sessions of `model`. For PHD_DRAFT_MODEL it makes a session of `draft_model` with `draft_params` (null: the
+ defaults) for itself, which follows each sequence in the sequence of the same number and needs as many of them; a draft model whose
+ vocabulary differs is refused, naming the first token that does. For PHD_DRAFT_LOOKUP both must be null. `params` may be null. On
+ failure `*out` is as it was.
+ */
+enum phd_status phd_speculator_create(const struct phd_model *model,
+                                      const struct phd_model *draft_model,
+                                      const struct phd_session_params *draft_params,
+                                      const struct phd_speculator_params *params,
+                                      struct phd_speculator **out,
+                                      struct phd_error **error);
+
+/*
+ Frees a speculator; null is fine.
+ */
+void phd_speculator_free(struct phd_speculator *speculator);
+
+/*
+ Guesses how `seq` goes on after `token`, which was chosen and is not in the session: up to `n_draft` tokens, and no more than the
+ sequence has room for without its policy dropping any. The first part of a step, for servers: decode `token` and the drafts of
+ each sequence as one entry with PHD_ENTRY_LOGITS_ALL (if all of them together get `PHD_ERROR_CACHE_FULL`, without drafts), and then
+ phd_speculator_accept. A buffer of less than `n_draft` tokens gets `PHD_ERROR_BUFFER_TOO_SMALL` and the size in `*n_drafts`. The
+ session is not changed; cancelling `seq` ends what the draft model computes.
+ */
+enum phd_status phd_speculator_draft(struct phd_speculator *speculator,
+                                     struct phd_session *session,
+                                     int32_t seq,
+                                     int32_t token,
+                                     int32_t *drafts,
+                                     size_t capacity,
+                                     size_t *n_drafts,
+                                     struct phd_error **error);
+
+/*
+ Samples after each token of the last entry of `seq`, which was decoded with PHD_ENTRY_LOGITS_ALL and is the token chosen before and
+ its drafts, until a sampled token is not the draft there or ends the generation, and tells the sampler of each. Writes the sampled
+ tokens, one at least. All of them but the last, and nothing after them, are then in the session: the last is what the next step
+ begins with. phd_logits has what it was sampled from. A buffer of fewer tokens than the entry has gets
+ `PHD_ERROR_BUFFER_TOO_SMALL` and the size in `*n_tokens`. After any failure session and sampler are what they were; what fails
+ after the first token ends the run, and comes back as the next step's failure.
+ */
+enum phd_status phd_speculator_accept(struct phd_speculator *speculator,
+                                      struct phd_session *session,
+                                      int32_t seq,
+                                      struct phd_sampler *sampler,
+                                      int32_t *tokens,
+                                      size_t capacity,
+                                      size_t *n_tokens,
+                                      struct phd_error **error);
+
+/*
+ Appends `token`, which was chosen last, with drafts, in one pass, and writes the tokens that follow it: one, and one more for each
+ draft that was right. They are those that phd_step, phd_sampler_sample and phd_sampler_accept in turn would give. All of them but the
+ last are then in the session too; the last is what the next step begins with. A buffer of less than `n_draft + 1` tokens gets
+ `PHD_ERROR_BUFFER_TOO_SMALL` and the size in `*n_tokens`. After any failure the sequence's text and the sampler are what they were,
+ but for what a policy has dropped.
+ */
+enum phd_status phd_speculator_step(struct phd_speculator *speculator,
+                                    struct phd_session *session,
+                                    int32_t seq,
+                                    int32_t token,
+                                    struct phd_sampler *sampler,
+                                    int32_t *tokens,
+                                    size_t capacity,
+                                    size_t *n_tokens,
+                                    struct phd_error **error);
+
+/*
+ Gives up what the draft model holds of a sequence's text: for one that has ended, so that others have its room.
+ */
+enum phd_status phd_speculator_forget(struct phd_speculator *speculator, int32_t seq, struct phd_error **error);
+
+/*
+ What has been drafted and accepted. The caller sets `out->struct_size`; no more than that is written.
+ */
+enum phd_status phd_speculator_stats(const struct phd_speculator *speculator,
+                                     struct phd_draft_stats *out,
                                      struct phd_error **error);
 
 /*

@@ -15,6 +15,7 @@ pub mod model;
 pub mod sampling;
 pub mod schedule;
 pub mod session;
+pub mod speculative;
 mod state;
 pub mod stats;
 pub mod tensor;

@@ -419,6 +419,47 @@ impl Session {
         self.every[seq] = EveryRows::default();
     }
 
+    /// Positions that could be appended to `seq` now without its policy dropping any.
+    pub fn room(&self, seq: i64) -> Result<usize> {
+        let seq = self.pool.check_seq(seq)?;
+        let room = self.pool.room(seq);
+        Ok(match self.policies[seq].limit {
+            0 => room,
+            limit => room.min(limit.saturating_sub(self.pool.len(seq))),
+        })
+    }
+
+    /// Tokens of the last entry of `seq` that [`Session::logits_at`] has logits of; 0 if it did not ask for [`Logits::Every`].
+    pub fn n_logits_at(&self, seq: i64) -> Result<usize> {
+        Ok(self.every[self.pool.check_seq(seq)?].n)
+    }
+
+    /// Takes back what the last entry of `seq`, one of [`Logits::Every`], appended after its first `n` tokens: at least one stays.
+    /// [`Session::logits`] are then those of the last token that stays, [`Session::logits_at`] has none any more.
+    pub fn keep(&mut self, seq: i64, n: usize) -> Result<()> {
+        let seq = self.pool.check_seq(seq)?;
+        let EveryRows { first, n: n_entry } = self.every[seq];
+        if n == 0 || n > n_entry {
+            return Err(invalid!(
+                "{n} tokens of the last entry of sequence {seq} are to stay, expected 1 to {n_entry}"
+            ));
+        }
+        self.pool.truncate(seq, self.pool.len(seq) - n_entry + n)?;
+        self.context.copy_logits(first + n - 1, self.logits_row[seq]);
+        self.every[seq] = EveryRows::default();
+        Ok(())
+    }
+
+    /// The token at a position that `seq` has.
+    pub(crate) fn token(&self, seq: usize, position: usize) -> u32 {
+        self.pool.token(seq, position)
+    }
+
+    /// From now on requests to cancel are those of `handle`, of a session that has at least the sequences that calls are made on.
+    pub(crate) fn share_cancel_handle(&mut self, handle: CancelHandle) {
+        self.cancel = handle;
+    }
+
     /// The tokens of `seq`, in order.
     pub fn tokens(&self, seq: i64) -> Result<impl ExactSizeIterator<Item = u32>> {
         Ok(self.pool.text(self.pool.check_seq(seq)?))

@@ -29,6 +29,27 @@ fn run_streams_the_reference_s_text() {
 }
 
 #[test]
+fn drafts_change_no_text() {
+    let plain = ["run", "MODEL", "-p", "In the beginning, in the", "-n", "40", "--seed", "3"];
+    let text = stdout(&plain);
+    let drafting: [&[&str]; 3] = [
+        &["--draft-lookup", "4", "--draft-ngram", "1,4"],
+        &["--draft-model", "MODEL", "--draft", "3"],
+        &["--draft-model", "MODEL", "--draft-p-min", "0"],
+    ];
+    for options in drafting {
+        let output = phd(&[&plain, options].concat());
+        assert_eq!(String::from_utf8_lossy(&output.stdout), text, "{options:?}");
+        let report = String::from_utf8_lossy(&output.stderr);
+        assert!(report.contains("drafts accepted"), "{options:?}: {report}");
+    }
+    for (options, word) in [(&["--draft-lookup", "0"][..], "n_draft is 0"), (&["--draft", "3"], "--draft-model")] {
+        let output = phd(&[&plain, options].concat());
+        assert!(!output.status.success() && String::from_utf8_lossy(&output.stderr).contains(word), "{options:?}");
+    }
+}
+
+#[test]
 fn run_follows_a_schema_and_other_stages() {
     let folder = tempfile::tempdir().unwrap();
     let file = |name: &str, text: &str| {

@@ -11,6 +11,7 @@ mod log;
 mod params;
 mod sampler;
 mod session;
+mod speculative;
 mod status;
 mod text;
 
@@ -25,6 +26,7 @@ pub use log::*;
 pub use params::*;
 pub use sampler::*;
 pub use session::*;
+pub use speculative::*;
 pub use status::*;
 pub use text::*;
 

@@ -216,7 +216,7 @@ pub unsafe extern "C" fn phd_sampler_clone(
 ///
 /// # Safety
 /// `sampler` is null or a live handle that no other thread uses.
-unsafe fn exclusive<'a>(sampler: *mut phd_sampler) -> Result<&'a mut Sampler> {
+pub(super) unsafe fn exclusive<'a>(sampler: *mut phd_sampler) -> Result<&'a mut Sampler> {
     // SAFETY: the caller's promise.
     unsafe { sampler.as_mut() }.map(|s| &mut s.sampler).ok_or_else(|| invalid!("sampler is null"))
 }

@@ -61,7 +61,7 @@ impl phd_session {
 ///
 /// # Safety
 /// `session` is null or a live handle.
-unsafe fn with(
+pub(super) unsafe fn with(
     session: *const phd_session,
     error: *mut *mut phd_error,
     body: impl FnOnce(&mut Session) -> Result<()>,
@@ -84,6 +84,36 @@ impl User {
     }
 }
 
+/// The session that its parameters describe.
+pub(super) fn new_session(model: &phd_model, params: &phd_session_params) -> Result<Session> {
+    let cache_type = match params.cache_type {
+        0 => CacheType::F32,
+        1 => CacheType::F16,
+        2 => CacheType::Q8_0,
+        other => return Err(invalid!("cache_type is {other}, expected a phd_cache_type")),
+    };
+    let options = SessionOptions {
+        n_positions: params.n_positions as usize,
+        n_sequences: params.n_sequences as usize,
+        n_threads: params.n_threads as usize,
+        cache_type,
+        n_retained: params.n_retained as usize,
+        n_draft: params.n_draft as usize,
+        ..Default::default()
+    };
+    if params.batch_invariant > 1 || params.reserved != 0 {
+        let (flag, rest) = (params.batch_invariant, params.reserved);
+        return Err(invalid!("batch_invariant is {flag} and reserved {rest}, expected 0 or 1, and 0"));
+    }
+    let mut session = Session::new(model.model.clone(), &options)?;
+    if let Some(callback) = params.progress {
+        let user = User(params.progress_user);
+        // SAFETY: the C contract: the callback may be called with its pointer while a call on the session runs.
+        session.set_progress(Some(Box::new(move |fraction| unsafe { callback(fraction, user.get()) })));
+    }
+    Ok(session)
+}
+
 /// Creates a session, with everything it will ever need. `params` may be null. On failure `*out` is as it was.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn phd_session_create(
@@ -96,31 +126,7 @@ pub unsafe extern "C" fn phd_session_create(
         // SAFETY: the C contract.
         let (model, params, out) =
             unsafe { (borrow(model, "model")?, params::read::<phd_session_params>(params)?, output(out, "out")?) };
-        let cache_type = match params.cache_type {
-            0 => CacheType::F32,
-            1 => CacheType::F16,
-            2 => CacheType::Q8_0,
-            other => return Err(invalid!("cache_type is {other}, expected a phd_cache_type")),
-        };
-        let options = SessionOptions {
-            n_positions: params.n_positions as usize,
-            n_sequences: params.n_sequences as usize,
-            n_threads: params.n_threads as usize,
-            cache_type,
-            n_retained: params.n_retained as usize,
-            n_draft: params.n_draft as usize,
-            ..Default::default()
-        };
-        if params.batch_invariant > 1 || params.reserved != 0 {
-            let (flag, rest) = (params.batch_invariant, params.reserved);
-            return Err(invalid!("batch_invariant is {flag} and reserved {rest}, expected 0 or 1, and 0"));
-        }
-        let mut session = Session::new(model.model.clone(), &options)?;
-        if let Some(callback) = params.progress {
-            let user = User(params.progress_user);
-            // SAFETY: the C contract: the callback may be called with its pointer while a call on the session runs.
-            session.set_progress(Some(Box::new(move |fraction| unsafe { callback(fraction, user.get()) })));
-        }
+        let session = new_session(model, &params)?;
         let (cancel, stats) = (session.cancel_handle(), session.stats().clone());
         out.write(Box::into_raw(Box::new(phd_session {
             session: Mutex::new(session),

@@ -908,6 +908,139 @@ static void conversion(const char *golden) {
   remove(second);
 }
 
+/* The same greedy text with drafts and without. */
+static void speculators(const char *golden, const char *demo) {
+  enum { TEXT = 20, D = 4 };
+  phd_model *model = NULL, *other = NULL;
+  phd_session *session = NULL;
+  phd_sampler *sampler = NULL;
+  phd_speculator *speculator = NULL;
+  phd_session_params params, draft_params;
+  phd_speculator_params how;
+  phd_sampler_params greedy;
+  phd_draft_stats stats;
+  const float *logits = NULL;
+  int32_t prompt[N], text[TEXT], found[TEXT + D + 1], out[D + 1];
+  size_t n = 0, length = 0, count;
+  int kind, i;
+  for (i = 0; i < N; i++) prompt[i] = (i % 9 * 37 + 11) % 128;
+  OK(phd_model_load(golden, NULL, &model, &error));
+  OK(phd_model_load(demo, NULL, &other, &error));
+  phd_session_params_init(&params, sizeof params);
+  params.n_positions = 2 * N;
+  params.n_draft = D;
+  phd_sampler_params_init(&greedy, sizeof greedy);
+  greedy.temperature = 0.0f;
+  OK(phd_sampler_create(&greedy, 128, &sampler, &error));
+  OK(phd_session_create(model, &params, &session, &error));
+  OK(phd_prefill(session, 0, prompt, N, &error));
+  for (i = 0; i < TEXT; i++) {
+    OK(phd_logits(session, 0, &logits, &n, &error));
+    OK(phd_sampler_sample(sampler, logits, n, &text[i], &error));
+    OK(phd_step(session, 0, text[i], &error));
+  }
+
+  draft_params = params;
+  draft_params.n_draft = 0;
+  phd_speculator_params_init(&how, sizeof how);
+  how.n_draft = 0;
+  INVALID("n_draft is 0", phd_speculator_create(model, NULL, NULL, &how, &speculator, &error));
+  how.n_draft = D;
+  how.kind = 7;
+  INVALID("kind is 7", phd_speculator_create(model, NULL, NULL, &how, &speculator, &error));
+  how.kind = PHD_DRAFT_LOOKUP;
+  how.ngram_max = 65;
+  INVALID("ngram_max", phd_speculator_create(model, NULL, NULL, &how, &speculator, &error));
+  how.ngram_max = 4;
+  how.reserved = 1;
+  INVALID("reserved", phd_speculator_create(model, NULL, NULL, &how, &speculator, &error));
+  how.reserved = 0;
+  INVALID("model", phd_speculator_create(NULL, NULL, NULL, &how, &speculator, &error));
+  INVALID("out", phd_speculator_create(model, NULL, NULL, &how, NULL, &error));
+  INVALID("draft_model", phd_speculator_create(model, model, NULL, &how, &speculator, &error));
+  how.kind = PHD_DRAFT_MODEL;
+  INVALID("draft_model is null", phd_speculator_create(model, NULL, NULL, &how, &speculator, &error));
+  INVALID("vocabulary", phd_speculator_create(model, other, NULL, &how, &speculator, &error));
+  how.p_min = 2.0f;
+  INVALID("p_min", phd_speculator_create(model, model, NULL, &how, &speculator, &error));
+  CHECK(speculator == NULL);
+  how.p_min = 0.0f;
+
+  for (kind = PHD_DRAFT_LOOKUP; kind <= PHD_DRAFT_MODEL; kind++) {
+    how.kind = (uint32_t)kind;
+    if (kind == PHD_DRAFT_LOOKUP) {
+      OK(phd_speculator_create(model, NULL, NULL, &how, &speculator, &error));
+    } else {
+      OK(phd_speculator_create(model, model, &draft_params, &how, &speculator, &error));
+    }
+    OK(phd_seq_truncate(session, 0, 0, &error));
+    OK(phd_prefill(session, 0, prompt, N, &error));
+    INVALID("no entry", phd_speculator_accept(speculator, session, 0, sampler, out, D + 1, &n, &error));
+    found[0] = text[0];
+    count = 1;
+
+    EXPECT(PHD_ERROR_BUFFER_TOO_SMALL, "5 are needed",
+           phd_speculator_step(speculator, session, 0, text[0], sampler, out, D, &n, &error));
+    CHECK(n == D + 1);
+    EXPECT(PHD_ERROR_BUFFER_TOO_SMALL, "4 are needed",
+           phd_speculator_draft(speculator, session, 0, text[0], NULL, 0, &n, &error));
+    CHECK(n == D);
+    INVALID("drafts is null", phd_speculator_draft(speculator, session, 0, text[0], NULL, D, &n, &error));
+    INVALID("length", phd_speculator_step(speculator, session, 0, text[0], sampler, out, D + 1, NULL, &error));
+    INVALID("speculator", phd_speculator_step(NULL, session, 0, text[0], sampler, out, D + 1, &n, &error));
+    INVALID("session", phd_speculator_step(speculator, NULL, 0, text[0], sampler, out, D + 1, &n, &error));
+    INVALID("sampler", phd_speculator_step(speculator, session, 0, text[0], NULL, out, D + 1, &n, &error));
+    INVALID("sequence 1", phd_speculator_step(speculator, session, 1, text[0], sampler, out, D + 1, &n, &error));
+    INVALID("128", phd_speculator_step(speculator, session, 0, 128, sampler, out, D + 1, &n, &error));
+    OK(phd_seq_cancel(session, 0, &error));
+    EXPECT(PHD_ERROR_CANCELLED, "cancelled",
+           phd_speculator_step(speculator, session, 0, text[0], sampler, out, D + 1, &n, &error));
+    OK(phd_seq_length(session, 0, &length, &error));
+    CHECK(length == N);
+
+    while (count < TEXT) {
+      if (count % 2 == 1) {
+        OK(phd_speculator_step(speculator, session, 0, found[count - 1], sampler, out, D + 1, &n, &error));
+      } else { /* the three parts of a step */
+        int32_t entry_tokens[D + 1];
+        phd_batch_entry entry;
+        memset(&entry, 0, sizeof entry);
+        entry_tokens[0] = found[count - 1];
+        OK(phd_speculator_draft(speculator, session, 0, entry_tokens[0], entry_tokens + 1, D, &n, &error));
+        CHECK(n <= D);
+        entry.struct_size = sizeof entry;
+        entry.flags = PHD_ENTRY_LOGITS_ALL;
+        entry.tokens = entry_tokens;
+        entry.n_tokens = length = n + 1;
+        OK(phd_decode(session, &entry, 1, &error));
+        EXPECT(PHD_ERROR_BUFFER_TOO_SMALL, "are needed",
+               phd_speculator_accept(speculator, session, 0, sampler, NULL, 0, &n, &error));
+        CHECK(n == length);
+        OK(phd_speculator_accept(speculator, session, 0, sampler, out, D + 1, &n, &error));
+      }
+      CHECK(n >= 1 && n <= D + 1);
+      memcpy(found + count, out, n * sizeof *out);
+      count += n;
+      OK(phd_seq_length(session, 0, &length, &error));
+      CHECK(length == N + count - 1);
+      OK(phd_logits(session, 0, &logits, &n, &error));
+    }
+    CHECK(memcmp(found, text, sizeof text) == 0);
+    stats.struct_size = sizeof stats;
+    OK(phd_speculator_stats(speculator, &stats, &error));
+    CHECK(stats.steps > 0 && stats.accepted <= stats.drafted && stats.steps + stats.accepted == count - 1);
+    CHECK((stats.draft_bytes > 0) == (kind == PHD_DRAFT_MODEL) && (kind == PHD_DRAFT_LOOKUP || stats.drafted > 0));
+    INVALID("speculator", phd_speculator_stats(NULL, &stats, &error));
+    OK(phd_speculator_forget(speculator, 0, &error));
+    phd_speculator_free(speculator);
+    speculator = NULL;
+  }
+  phd_session_free(session);
+  phd_sampler_free(sampler);
+  phd_model_free(other);
+  phd_model_free(model);
+}
+
 int main(int argc, char **argv) {
   char state_path[4096];
   if (argc != 4) return 2;
@@ -918,6 +1051,7 @@ int main(int argc, char **argv) {
   phd_model_free(NULL);
   phd_session_free(NULL);
   phd_sampler_free(NULL);
+  phd_speculator_free(NULL);
   phd_stream_free(NULL);
   phd_error_free(NULL);
   models(argv[1], argv[3]);
@@ -927,6 +1061,7 @@ int main(int argc, char **argv) {
   text(argv[2]);
   samplers(argv[2]);
   conversion(argv[1]);
+  speculators(argv[1], argv[2]);
   if (failures == 0) puts("contract holds");
   return failures != 0;
 }

@@ -9,7 +9,8 @@ use clap::Args;
 use phd::model::Model;
 use phd::sampling::constraint::{Constraint, TokenEnvironment};
 use phd::sampling::{Sampler, SamplerParams, StageKind};
-use phd::session::Session;
+use phd::session::{Session, SessionOptions};
+use phd::speculative::{DraftModel, PromptLookup, Speculator};
 use phd::tokenizer::chat::{ChatTemplate, Conversation};
 use phd::tokenizer::{StopStrings, StreamDecoder, Tokenizer};
 use serde_json::{Map, Value as Json, json};
@@ -158,7 +159,49 @@ pub struct Run {
     #[arg(long, value_name = "FILE", group = "constraint")]
     grammar: Option<PathBuf>,
     #[command(flatten)]
+    drafting: Drafting,
+    #[command(flatten)]
     sampling: Sampling,
+}
+
+/// Speculative decoding: the same text, sooner if drafts are often right.
+#[derive(Args)]
+struct Drafting {
+    /// Draft up to N tokens a step from where the text's last tokens stood before
+    #[arg(long, value_name = "N", conflicts_with_all = ["draft_model", "draft"])]
+    draft_lookup: Option<usize>,
+    /// Tokens that must have stood before, and how many are compared at most
+    #[arg(long, value_name = "MIN,MAX", value_delimiter = ',', num_args = 1, default_values_t = [2, 8])]
+    draft_ngram: Vec<usize>,
+    /// Draft with a smaller model of the same vocabulary
+    #[arg(long, value_name = "MODEL")]
+    draft_model: Option<PathBuf>,
+    /// Draft up to N tokens a step with it
+    #[arg(long, value_name = "N", default_value_t = 4, requires = "draft_model")]
+    draft: usize,
+    /// Stop drafting before a token less probable than this; 0 = never
+    #[arg(long, value_name = "P", default_value_t = 0.75, requires = "draft_model")]
+    draft_p_min: f32,
+}
+
+impl Drafting {
+    /// What the session must be able to take back.
+    fn n_draft(&self) -> usize {
+        self.draft_lookup.unwrap_or(if self.draft_model.is_some() { self.draft } else { 0 })
+    }
+
+    fn speculator(&self, common: &Common, model: &Model) -> Result<Option<Speculator>, Failure> {
+        if let Some(path) = &self.draft_model {
+            let common = Common { model: path.clone(), copies: None, window: 0, chunk: 0, ..common.clone() };
+            let options = SessionOptions { n_draft: self.draft, ..common.options(common.n_positions) };
+            let session = Session::new(common.load()?, &options)?;
+            let drafter = DraftModel::new(model, session, self.draft_p_min)?;
+            return Ok(Some(Speculator::new(drafter, self.draft)?));
+        }
+        let Some(n) = self.draft_lookup else { return Ok(None) };
+        let [min, max] = self.draft_ngram[..] else { return Err("--draft-ngram: expected MIN,MAX".into()) };
+        Ok(Some(Speculator::new(PromptLookup::new(min, max)?, n)?))
+    }
 }
 
 impl Run {
@@ -186,7 +229,10 @@ impl Run {
         if tokens.is_empty() {
             return Err("the prompt has no tokens".into());
         }
-        let mut session = self.common.session(&model, self.common.n_positions)?;
+        let mut speculator = self.drafting.speculator(&self.common, &model)?;
+        let options =
+            SessionOptions { n_draft: self.drafting.n_draft(), ..self.common.options(self.common.n_positions) };
+        let mut session = Session::new(model.clone(), &options)?;
         let mut sampler = self.sampling.sampler(&model, tokenizer)?;
         if let Some(constraint) = self.constraint(&model)? {
             sampler.set_constraint(constraint)?;
@@ -200,17 +246,22 @@ impl Run {
         let prefill_seconds = begin.elapsed().as_secs_f64();
         tokens.iter().for_each(|&t| sampler.accept_prompt(t as u32));
         let begin = Instant::now();
-        let reply = generate(&mut session, &mut sampler, tokenizer, decoder, self.n_predict, &mut out)?;
+        let n = self.n_predict;
+        let reply = generate(&mut session, &mut sampler, speculator.as_mut(), tokenizer, decoder, n, &mut out)?;
         let step_seconds = begin.elapsed().as_secs_f64();
         writeln!(out)?;
         eprintln!(
-            "\nprefill {} tokens at {:.1} tok/s; {} steps at {:.1} tok/s\n{}",
+            "\nprefill {} tokens at {:.1} tok/s; {} tokens at {:.1} tok/s\n{}",
             tokens.len(),
             tokens.len() as f64 / prefill_seconds,
             reply.len(),
             reply.len() as f64 / step_seconds.max(1e-9),
             describe_memory(&session),
         );
+        if let Some(stats) = speculator.map(|s| s.stats()) {
+            let share = 100.0 * stats.accepted as f64 / (stats.drafted as f64).max(1.0);
+            eprintln!("{} steps; {} of {} drafts accepted ({share:.0} %)", stats.steps, stats.accepted, stats.drafted);
+        }
         Ok(())
     }
 }
@@ -229,10 +280,12 @@ fn prefill(session: &mut Session, tokens: &[i32]) -> Result<(), Failure> {
     Ok(result?)
 }
 
-/// Streams tokens until the model ends, a stop string comes, `n` are made, or the cache is full; every token but the last is in the session.
+/// Streams tokens until the model ends, a stop string comes, `n` are made, or the cache is full; every token but the last is in
+/// the session.
 fn generate(
     session: &mut Session,
     sampler: &mut Sampler,
+    mut speculator: Option<&mut Speculator>,
     tokenizer: &Tokenizer,
     mut decoder: StreamDecoder,
     n: usize,
@@ -240,25 +293,32 @@ fn generate(
 ) -> Result<Vec<i32>, Failure> {
     let mut reply = Vec::new();
     let mut text = String::new();
-    while reply.len() < n {
-        let token = sampler.sample(session.logits(0)?)?;
-        if tokenizer.is_end_of_generation(token) {
-            break;
-        }
-        sampler.accept(token)?;
-        reply.push(token as i32);
-        text.clear();
-        decoder.push(tokenizer, token, &mut text)?;
-        out.write_all(text.as_bytes())?;
-        out.flush()?;
-        if decoder.stop().is_some() {
-            break;
-        }
-        match session.step(0, token as i32) {
-            Err(phd::Error::CacheFull { .. }) => {
-                eprint!("\n(the cache is full: --ctx makes it larger)");
-                break;
+    let mut tokens = Vec::new();
+    if n > 0 {
+        tokens.push(choose(session, sampler)?);
+    }
+    'steps: while !tokens.is_empty() {
+        for &token in &tokens {
+            if tokenizer.is_end_of_generation(token as u32) {
+                break 'steps;
             }
+            reply.push(token);
+            text.clear();
+            decoder.push(tokenizer, token as u32, &mut text)?;
+            out.write_all(text.as_bytes())?;
+            out.flush()?;
+            if reply.len() == n || decoder.stop().is_some() {
+                break 'steps;
+            }
+        }
+        let last = tokens[tokens.len() - 1];
+        tokens.clear();
+        let step = match &mut speculator {
+            Some(speculator) => speculator.step(session, 0, last, sampler).map(|t| tokens.extend_from_slice(t)),
+            None => session.step(0, last).and_then(|()| choose(session, sampler)).map(|token| tokens.push(token)),
+        };
+        match step {
+            Err(phd::Error::CacheFull { .. }) => eprint!("\n(the cache is full: --ctx makes it larger)"),
             other => other?,
         }
     }
@@ -267,6 +327,12 @@ fn generate(
     out.write_all(text.as_bytes())?;
     out.flush()?;
     Ok(reply)
+}
+
+fn choose(session: &Session, sampler: &mut Sampler) -> phd::Result<i32> {
+    let token = sampler.sample(session.logits(0)?)?;
+    sampler.accept(token)?;
+    Ok(token as i32)
 }
 
 #[derive(Args)]
@@ -329,7 +395,8 @@ impl Chat {
             session.truncate(0, common)?;
             prefill(&mut session, &tokens[common..])?;
             let mut shown = Tee { out: &mut out, copy: Vec::new() };
-            let reply = generate(&mut session, &mut sampler, tokenizer, decoder.clone(), self.n_predict, &mut shown)?;
+            let reply =
+                generate(&mut session, &mut sampler, None, tokenizer, decoder.clone(), self.n_predict, &mut shown)?;
             let said = String::from_utf8_lossy(&shown.copy).into_owned();
             held = tokens;
             held.extend(reply);

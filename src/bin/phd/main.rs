@@ -130,14 +130,16 @@ impl Common {
 
     /// A session of `n_sequences`, with `n_positions` for all of them.
     fn sessions(&self, model: &Arc<Model>, n_positions: usize, n_sequences: usize) -> Result<Session, Failure> {
+        Ok(Session::new(model.clone(), &SessionOptions { n_sequences, ..self.options(n_positions) })?)
+    }
+
+    fn options(&self, n_positions: usize) -> SessionOptions {
         let cache_type = match self.cache {
             Cache::F32 => CacheType::F32,
             Cache::F16 => CacheType::F16,
             Cache::Q8_0 => CacheType::Q8_0,
         };
-        let options =
-            SessionOptions { n_positions, n_sequences, n_threads: self.threads, cache_type, ..Default::default() };
-        Ok(Session::new(model.clone(), &options)?)
+        SessionOptions { n_positions, n_threads: self.threads, cache_type, ..Default::default() }
     }
 }
 
