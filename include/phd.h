@@ -575,6 +575,54 @@ typedef struct phd_stats {
   uint64_t evicted;
 } phd_stats;
 
+typedef struct phd_speculator_params {
+  size_t struct_size;
+  /*
+   A phd_draft_kind.
+   */
+  uint32_t kind;
+  /*
+   Drafts of a step at most, 1 to 256. The session's `n_draft` must be at least as large.
+   */
+  uint32_t n_draft;
+  /*
+   Lookup: tokens that must have stood before, and how many of them at most are compared, up to 64.
+   */
+  uint32_t ngram_min;
+  uint32_t ngram_max;
+  /*
+   Draft model: drafting stops before a token less probable than this; 0 = never.
+   */
+  float p_min;
+  /*
+   Must be 0.
+   */
+  uint32_t reserved;
+} phd_speculator_params;
+
+/*
+ Counts since a speculator was created.
+ */
+typedef struct phd_draft_stats {
+  size_t struct_size;
+  /*
+   Passes verified.
+   */
+  uint64_t steps;
+  /*
+   Drafts that they verified.
+   */
+  uint64_t drafted;
+  /*
+   Those that became text.
+   */
+  uint64_t accepted;
+  /*
+   Bytes of the draft model's session, weights not counted.
+   */
+  uint64_t draft_bytes;
+} phd_draft_stats;
+
 /*
  A conversation to render. Texts are JSON by length; null with length 0 leaves one out.
  */
@@ -624,54 +672,6 @@ typedef struct phd_chat_params {
    */
   uint32_t reserved;
 } phd_chat_params;
-
-typedef struct phd_speculator_params {
-  size_t struct_size;
-  /*
-   A phd_draft_kind.
-   */
-  uint32_t kind;
-  /*
-   Drafts of a step at most, 1 to 256. The session's `n_draft` must be at least as large.
-   */
-  uint32_t n_draft;
-  /*
-   Lookup: tokens that must have stood before, and how many of them at most are compared, up to 64.
-   */
-  uint32_t ngram_min;
-  uint32_t ngram_max;
-  /*
-   Draft model: drafting stops before a token less probable than this; 0 = never.
-   */
-  float p_min;
-  /*
-   Must be 0.
-   */
-  uint32_t reserved;
-} phd_speculator_params;
-
-/*
- Counts since a speculator was created.
- */
-typedef struct phd_draft_stats {
-  size_t struct_size;
-  /*
-   Passes verified.
-   */
-  uint64_t steps;
-  /*
-   Drafts that they verified.
-   */
-  uint64_t drafted;
-  /*
-   Those that became text.
-   */
-  uint64_t accepted;
-  /*
-   Bytes of the draft model's session, weights not counted.
-   */
-  uint64_t draft_bytes;
-} phd_draft_stats;
 
 #ifdef __cplusplus
 extern "C" {
