@@ -27,12 +27,30 @@ impl Candidates {
         })
     }
 
-    /// Starts anew with (token, logit), tokens ascending; NaN and -inf are left out, +inf is the largest finite f32.
-    pub fn fill(&mut self, logits: impl Iterator<Item = (u32, f32)>) {
+    /// Starts anew with (token, logit), tokens ascending; NaN and -inf are left out, +inf is the largest finite f32. If only the best
+    /// `k` will be wanted (0 = all), others may be missing.
+    pub fn fill(&mut self, logits: impl Iterator<Item = (u32, f32)>, k: usize) {
         (self.sorted, self.temperature) = (false, 1.0);
         self.list.clear();
         let usable = logits.filter(|&(_, l)| !l.is_nan() && l != f32::NEG_INFINITY);
-        self.list.extend(usable.map(|(token, l)| rank(l.min(f32::MAX), token)));
+        let ranks = usable.map(|(token, l)| rank(l.min(f32::MAX), token));
+        if k == 0 {
+            self.list.extend(ranks);
+            return;
+        }
+        // Cut back to the best k whenever twice as many have come together; from then on only what beats the k-th enters. That is
+        // O(1) a token; the 1024 make it rare for small k.
+        let room = k.saturating_mul(2).max(1024);
+        let mut bound = u64::MAX;
+        for c in ranks {
+            if c < bound {
+                self.list.push(c);
+                if self.list.len() == room {
+                    bound = *self.list.select_nth_unstable(k - 1).1;
+                    self.list.truncate(k);
+                }
+            }
+        }
     }
 
     pub fn len(&self) -> usize {
@@ -83,24 +101,7 @@ impl Candidates {
             return;
         }
         if !self.sorted && k < self.list.len() {
-            // Cut back to the best k whenever twice as many have come together; from then on only what beats the k-th
-            // enters. That is O(1) a token; the 1024 make it rare for small k.
-            let room = k.saturating_mul(2).max(1024);
-            let (mut n, mut bound) = (0, u64::MAX);
-            for i in 0..self.list.len() {
-                let c = self.list[i];
-                if c < bound {
-                    self.list[n] = c;
-                    n += 1;
-                    if n == room {
-                        bound = *self.list[..n].select_nth_unstable(k - 1).1;
-                        n = k;
-                    }
-                }
-            }
-            if n > k {
-                self.list[..n].select_nth_unstable(k - 1);
-            }
+            self.list.select_nth_unstable(k - 1);
         }
         self.list.truncate(k);
         // A draw depends on the order, which a selection leaves to the standard library's version.

@@ -555,12 +555,19 @@ impl Sampler {
             Some(bias) => (id as u32, l + bias),
             None => (id as u32, l),
         });
+        // Most chains begin with top-k: what it drops need not be collected.
+        let is_idle = |s: &&Stage| matches!(s, Stage::Penalties { .. }) && self.history.is_empty();
+        let k = match self.stages.iter().find(|s| !is_idle(s)) {
+            Some(&Stage::TopK { k }) => k as usize,
+            Some(Stage::Greedy) => 1,
+            _ => 0,
+        };
         match &mut self.constraint {
             Some(constraint) => {
                 let allowed = constraint.allowed()?;
-                self.candidates.fill(biased.filter(|&(id, _)| allowed(id)));
+                self.candidates.fill(biased.filter(|&(id, _)| allowed(id)), k);
             }
-            None => self.candidates.fill(biased),
+            None => self.candidates.fill(biased, k),
         }
         if self.candidates.len() == 0 {
             return Err(invalid!("logits has no finite element left to sample, expected at least one"));
