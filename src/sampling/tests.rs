@@ -213,12 +213,13 @@ fn any_stage() -> impl Strategy<Value = Stage> {
             threshold,
             min_keep
         }),
-        (prop_oneof![Just(0.0f32), 0.1..3.0f32], prop_oneof![Just(0.0f32), 0.0..2.0f32], 0.0..2.0f32)
-            .prop_map(|(temperature, range, exponent)| {
+        (prop_oneof![Just(0.0f32), 0.1..3.0f32], prop_oneof![Just(0.0f32), 0.0..2.0f32], 0.0..2.0f32).prop_map(
+            |(temperature, range, exponent)| {
                 // Where a dynamic temperature comes near 0 the oracle's entropy has no digits left.
                 let temperature = if range > 0.0 { temperature + range + 0.05 } else { temperature };
                 Stage::Temperature { temperature, range, exponent }
-            }),
+            }
+        ),
     ]
 }
 
