@@ -1,0 +1,14 @@
+//go:build phd_vendored
+
+package phd
+
+// scripts/vendor.sh puts the header and the static library there. The libraries after it are what its Rust and C++ code needs.
+
+// #cgo CFLAGS: -I${SRCDIR}/vendored/include
+// #cgo linux,amd64 LDFLAGS: ${SRCDIR}/vendored/lib/linux_amd64/libphd.a
+// #cgo linux,arm64 LDFLAGS: ${SRCDIR}/vendored/lib/linux_arm64/libphd.a
+// #cgo darwin,amd64 LDFLAGS: ${SRCDIR}/vendored/lib/darwin_amd64/libphd.a
+// #cgo darwin,arm64 LDFLAGS: ${SRCDIR}/vendored/lib/darwin_arm64/libphd.a
+// #cgo linux LDFLAGS: -lstdc++ -lgcc_s -lm -lpthread -ldl
+// #cgo darwin LDFLAGS: -lc++ -lm -framework Accelerate
+import "C"

@@ -1,0 +1,3 @@
+module github.com/libphd/libphd/bindings/go
+
+go 1.24
