@@ -1,8 +1,6 @@
 package phd
 
-// #include <stdbool.h>
-// #include <stddef.h>
-// #include <stdint.h>
+// #include "shim.h"
 import "C"
 
 import (
@@ -31,14 +29,6 @@ func (p *progress) report(fraction float32) (goOn bool) {
 	return p.function == nil || p.function(fraction)
 }
 
-// rethrow panics as the progress function did, after C has returned.
-func (p *progress) rethrow() {
-	if r := p.panicked; r != nil {
-		p.panicked = nil
-		panic(r)
-	}
-}
-
 // reporter finds a progress from what a handle holds: itself, or a weak pointer to a session.
 type reporter interface{ report(fraction float32) bool }
 
@@ -52,15 +42,20 @@ func goLog(level C.uint32_t, message *C.char, length C.size_t) {
 	logLine(uint32(level), unsafe.Slice((*byte)(unsafe.Pointer(message)), length))
 }
 
-// callWithProgress hands call a handle of p, or 0 if nobody wants to be told.
-func callWithProgress(ctx context.Context, function func(float32) bool, call func(handle C.uintptr_t)) {
-	if function == nil && ctx.Done() == nil {
-		call(0)
-		return
-	}
+// callWithProgress hands call a handle for a progress function and a context, or 0 if there is neither, and makes an error
+// of what C returned. If the function has panicked, which cancels the call, so does this.
+func callWithProgress(ctx context.Context, function func(float32) bool,
+	call func(handle C.uintptr_t, e **C.phd_error) cStatus) error {
 	p := &progress{ctx: ctx, function: function}
-	handle := cgo.NewHandle(p)
-	defer p.rethrow()
-	defer handle.Delete()
-	call(C.uintptr_t(handle))
+	var handle cgo.Handle
+	if function != nil || ctx.Done() != nil {
+		handle = cgo.NewHandle(p)
+		defer handle.Delete()
+	}
+	var e *C.phd_error
+	err := checkContext(ctx, call(C.uintptr_t(handle), &e), e)
+	if p.panicked != nil {
+		panic(p.panicked)
+	}
+	return err
 }

@@ -91,10 +91,7 @@ func convert(ctx context.Context, quantize bool, inputName, input, out string, o
 		}
 		defer C.free(unsafe.Pointer(params.pre))
 	}
-	var e *C.phd_error
-	var status cStatus
-	callWithProgress(ctx, o.Progress, func(handle C.uintptr_t) {
-		status = C.phd_go_convert(C.bool(quantize), inputPath, outPath, &params, handle, &e)
+	return callWithProgress(ctx, o.Progress, func(handle C.uintptr_t, e **C.phd_error) cStatus {
+		return C.phd_go_convert(C.bool(quantize), inputPath, outPath, &params, handle, e)
 	})
-	return checkContext(ctx, status, e)
 }

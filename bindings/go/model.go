@@ -16,6 +16,12 @@ package phd
 // #cgo nocallback phd_token_bytes
 // #cgo noescape phd_token_is_end
 // #cgo nocallback phd_token_is_end
+// #cgo noescape phd_model_string
+// #cgo nocallback phd_model_string
+// #cgo noescape phd_special_token
+// #cgo nocallback phd_special_token
+// #cgo noescape phd_chat_template
+// #cgo nocallback phd_chat_template
 // #cgo noescape phd_go_chat_render
 // #cgo nocallback phd_go_chat_render
 import "C"
@@ -23,6 +29,7 @@ import "C"
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"math"
 	"runtime"
 	"strings"
@@ -61,10 +68,24 @@ type ModelOptions struct {
 
 // ModelInfo describes a model.
 type ModelInfo struct {
+	Architecture string // the family, by the checkpoint's name for it, such as "llama"
+	Name         string // what a GGUF file calls its model; may be empty
+	WeightType   string // the type that most parameters are stored in, such as "Q4_1"
+	Backend      string // what computes: the backend and its variant
+
 	NVocab    int // tokens of the vocabulary
 	NLayers   int
 	NEmbd     int // width of the residual stream, and of embeddings
 	NCtxTrain int // positions that the model was trained for
+	NHeads    int
+	NKVHeads  int // heads of keys and values
+	HeadDim   int // elements of a head
+	NFF       int // width of the feed-forward layers
+
+	NParams uint64 // parameters in the checkpoint's tensors
+	NBytes  uint64 // bytes of the checkpoint's tensors, as it stores them
+
+	HasTokenizer bool // false for a checkpoint of token ids only
 
 	Copies int // K: how often each token is read
 	Window int // W, in hidden tokens; 0: none
@@ -109,31 +130,62 @@ func LoadModel(ctx context.Context, path string, o *ModelOptions) (*Model, error
 	defer C.free(unsafe.Pointer(cPath))
 
 	var ptr *C.phd_model
-	var e *C.phd_error
-	var status cStatus
-	callWithProgress(ctx, o.Progress, func(handle C.uintptr_t) {
-		status = C.phd_go_model_load(cPath, &params, handle, &ptr, &e)
+	err = callWithProgress(ctx, o.Progress, func(handle C.uintptr_t, e **C.phd_error) cStatus {
+		return C.phd_go_model_load(cPath, &params, handle, &ptr, e)
 	})
-	if err := checkContext(ctx, status, e); err != nil {
+	if err != nil {
 		return nil, err
 	}
-	desc := C.phd_model_desc{struct_size: C.sizeof_phd_model_desc}
-	if err := check(C.phd_model_info(ptr, &desc, &e), e); err != nil {
+	info, err := describe(ptr)
+	if err != nil {
 		C.phd_model_free(ptr)
 		return nil, err
 	}
-	m := &Model{ptr: ptr, info: ModelInfo{
-		NVocab:    int(desc.n_vocab),
-		NLayers:   int(desc.n_layers),
-		NEmbd:     int(desc.n_embd),
-		NCtxTrain: int(desc.n_ctx_train),
-		Copies:    int(desc.copies),
-		Window:    int(desc.window),
-		Chunk:     int(desc.chunk),
-	}}
+	m := &Model{ptr: ptr, info: info}
 	liveModels.Add(1)
 	m.cleanup = runtime.AddCleanup(m, freeModel, ptr)
 	return m, nil
+}
+
+// describe asks C for all that Info returns.
+func describe(ptr *C.phd_model) (ModelInfo, error) {
+	var e *C.phd_error
+	desc := C.phd_model_desc{struct_size: C.sizeof_phd_model_desc}
+	if err := check(C.phd_model_info(ptr, &desc, &e), e); err != nil {
+		return ModelInfo{}, err
+	}
+	info := ModelInfo{
+		NVocab:       int(desc.n_vocab),
+		NLayers:      int(desc.n_layers),
+		NEmbd:        int(desc.n_embd),
+		NCtxTrain:    int(desc.n_ctx_train),
+		NHeads:       int(desc.n_heads),
+		NKVHeads:     int(desc.n_kv_heads),
+		HeadDim:      int(desc.head_dim),
+		NFF:          int(desc.n_ff),
+		NParams:      uint64(desc.n_params),
+		NBytes:       uint64(desc.weights_bytes),
+		HasTokenizer: desc.has_tokenizer != 0,
+		Copies:       int(desc.copies),
+		Window:       int(desc.window),
+		Chunk:        int(desc.chunk),
+	}
+	for kind, to := range map[C.uint32_t]*string{
+		C.PHD_MODEL_ARCHITECTURE: &info.Architecture,
+		C.PHD_MODEL_NAME:         &info.Name,
+		C.PHD_MODEL_WEIGHT_TYPE:  &info.WeightType,
+		C.PHD_MODEL_BACKEND:      &info.Backend,
+	} {
+		text, err := fill(64, func(buffer []byte, n *C.size_t, e **C.phd_error) cStatus {
+			chars, capacity := cChars(buffer)
+			return C.phd_model_string(ptr, kind, chars, capacity, n, e)
+		})
+		if err != nil {
+			return ModelInfo{}, err
+		}
+		*to = string(text)
+	}
+	return info, nil
 }
 
 func freeModel(ptr *C.phd_model) {
@@ -223,6 +275,58 @@ func (m *Model) IsEnd(t Token) bool {
 	defer m.gate.leave()
 	var isEnd C.bool
 	return C.phd_token_is_end(ptr, C.int32_t(t), &isEnd, nil) == C.PHD_OK && bool(isEnd)
+}
+
+// SpecialKind is what a token is for.
+type SpecialKind uint32
+
+// The roles of special tokens. FIM is filling in the middle.
+const (
+	SpecialBOS          SpecialKind = C.PHD_SPECIAL_BOS           // begins a text
+	SpecialEOS          SpecialKind = C.PHD_SPECIAL_EOS           // ends a text
+	SpecialEOT          SpecialKind = C.PHD_SPECIAL_EOT           // ends a turn of a conversation
+	SpecialUNK          SpecialKind = C.PHD_SPECIAL_UNK           // stands for what the vocabulary cannot spell
+	SpecialPAD          SpecialKind = C.PHD_SPECIAL_PAD           // fills up batches
+	SpecialFIMPrefix    SpecialKind = C.PHD_SPECIAL_FIM_PREFIX    // before what stands before the gap
+	SpecialFIMSuffix    SpecialKind = C.PHD_SPECIAL_FIM_SUFFIX    // before what stands behind the gap
+	SpecialFIMMiddle    SpecialKind = C.PHD_SPECIAL_FIM_MIDDLE    // where the model begins to fill the gap
+	SpecialFIMPad       SpecialKind = C.PHD_SPECIAL_FIM_PAD       // fills up
+	SpecialFIMRepo      SpecialKind = C.PHD_SPECIAL_FIM_REPO      // before the name of a repository
+	SpecialFIMSeparator SpecialKind = C.PHD_SPECIAL_FIM_SEPARATOR // between files of a repository
+)
+
+// SpecialToken returns the token of a role, and whether the vocabulary has one: as the checkpoint's files say, and where
+// they say nothing by well-known spellings. After Close there are none.
+func (m *Model) SpecialToken(kind SpecialKind) (Token, bool) {
+	ptr, err := m.enter()
+	if err != nil {
+		return -1, false
+	}
+	defer m.gate.leave()
+	token := C.int32_t(-1)
+	if C.phd_special_token(ptr, C.uint32_t(kind), &token, nil) != C.PHD_OK {
+		return -1, false
+	}
+	return Token(token), token >= 0
+}
+
+// ChatTemplate returns the Jinja source of the model's chat template of that name, "" for the default one, and whether
+// there is one.
+func (m *Model) ChatTemplate(name string) (source string, ok bool, err error) {
+	ptr, err := m.enter()
+	if err != nil {
+		return "", false, err
+	}
+	defer m.gate.leave()
+	chars, length := cString(name)
+	text, err := fill(4096, func(buffer []byte, n *C.size_t, e **C.phd_error) cStatus {
+		to, capacity := cChars(buffer)
+		return C.phd_chat_template(ptr, chars, length, to, capacity, n, e)
+	})
+	if errors.Is(err, ErrUnsupported) {
+		return "", false, nil
+	}
+	return string(text), err == nil, err
 }
 
 // ChatOptions is a conversation to render.
