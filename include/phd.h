@@ -87,6 +87,28 @@ typedef enum phd_cache_type {
 } phd_cache_type;
 
 /*
+ A text that describes a model: see phd_model_string.
+ */
+typedef enum phd_model_text {
+  /*
+   The family, by the checkpoint's name for it: "llama".
+   */
+  PHD_MODEL_ARCHITECTURE = 0,
+  /*
+   What a GGUF file calls its model (`general.name`); may be empty.
+   */
+  PHD_MODEL_NAME,
+  /*
+   The type that most parameters are stored in: "Q4_1".
+   */
+  PHD_MODEL_WEIGHT_TYPE,
+  /*
+   What computes: the backend and its variant.
+   */
+  PHD_MODEL_BACKEND,
+} phd_model_text;
+
+/*
  What an embedding is of.
  */
 typedef enum phd_pooling {
@@ -99,6 +121,50 @@ typedef enum phd_pooling {
    */
   PHD_POOLING_MEAN,
 } phd_pooling;
+
+/*
+ What a token is for: see phd_special_token.
+ */
+typedef enum phd_special {
+  /*
+   Begins a text.
+   */
+  PHD_SPECIAL_BOS = 0,
+  /*
+   Ends a text.
+   */
+  PHD_SPECIAL_EOS,
+  /*
+   Ends a turn of a conversation.
+   */
+  PHD_SPECIAL_EOT,
+  /*
+   Stands for what the vocabulary cannot spell.
+   */
+  PHD_SPECIAL_UNK,
+  PHD_SPECIAL_PAD,
+  /*
+   Filling in the middle: before what stands before the gap.
+   */
+  PHD_SPECIAL_FIM_PREFIX,
+  /*
+   Before what stands behind the gap.
+   */
+  PHD_SPECIAL_FIM_SUFFIX,
+  /*
+   Where the model begins to fill the gap.
+   */
+  PHD_SPECIAL_FIM_MIDDLE,
+  PHD_SPECIAL_FIM_PAD,
+  /*
+   Before the name of a repository.
+   */
+  PHD_SPECIAL_FIM_REPO,
+  /*
+   Between files of a repository.
+   */
+  PHD_SPECIAL_FIM_SEPARATOR,
+} phd_special;
 
 /*
  What a stage of a sampler does; docs/sampling.md says more. The values are fields of phd_sampler_params.
@@ -282,6 +348,31 @@ typedef struct phd_model_desc {
    C, in positions; 0 = none.
    */
   uint32_t chunk;
+  uint32_t n_heads;
+  /*
+   Heads of keys and values.
+   */
+  uint32_t n_kv_heads;
+  /*
+   Elements of a head.
+   */
+  uint32_t head_dim;
+  /*
+   Width of the feed-forward layers.
+   */
+  uint32_t n_ff;
+  /*
+   1, or 0 for a checkpoint of token ids only.
+   */
+  uint32_t has_tokenizer;
+  /*
+   Parameters in the checkpoint's tensors.
+   */
+  uint64_t n_params;
+  /*
+   Bytes of the checkpoint's tensors, as it stores them.
+   */
+  uint64_t weights_bytes;
 } phd_model_desc;
 
 typedef struct phd_convert_params {
@@ -704,6 +795,17 @@ void phd_model_free(struct phd_model *model);
  Describes a model. The caller sets `out->struct_size`; no more than that is written.
  */
 enum phd_status phd_model_info(const struct phd_model *model, struct phd_model_desc *out, struct phd_error **error);
+
+/*
+ A text that describes a model, `kind` a phd_model_text: `*len` bytes of UTF-8, not terminated. Sizes are handled as in
+ phd_tokenize.
+ */
+enum phd_status phd_model_string(const struct phd_model *model,
+                                 uint32_t kind,
+                                 char *text,
+                                 size_t capacity,
+                                 size_t *len,
+                                 struct phd_error **error);
 
 /*
  Writes the defaults into `params`; `struct_size` is `sizeof(phd_convert_params)`.
@@ -1269,6 +1371,15 @@ enum phd_status phd_detokenize(const struct phd_model *model,
                                struct phd_error **error);
 
 /*
+ The token of a role, `kind` a phd_special, or -1 if the vocabulary has none: as the checkpoint's files say, and where they say
+ nothing by well-known spellings.
+ */
+enum phd_status phd_special_token(const struct phd_model *model,
+                                  uint32_t kind,
+                                  int32_t *token,
+                                  struct phd_error **error);
+
+/*
  Whether generation ends with `token`: end of text, of turn, of message.
  */
 enum phd_status phd_token_is_end(const struct phd_model *model, int32_t token, bool *is_end, struct phd_error **error);
@@ -1335,6 +1446,18 @@ enum phd_status phd_stream_finish(struct phd_stream *stream,
  Frees a stream; null is fine.
  */
 void phd_stream_free(struct phd_stream *stream);
+
+/*
+ The Jinja source of one of the checkpoint's chat templates, `*len` bytes of UTF-8, not terminated; a null name of length 0 asks
+ for the default one. `PHD_ERROR_UNSUPPORTED` if there is none of that name. Sizes are handled as in phd_tokenize.
+ */
+enum phd_status phd_chat_template(const struct phd_model *model,
+                                  const char *name,
+                                  size_t name_len,
+                                  char *text,
+                                  size_t capacity,
+                                  size_t *len,
+                                  struct phd_error **error);
 
 /*
  Writes the defaults into `params`; `struct_size` is `sizeof(phd_chat_params)`.

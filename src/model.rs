@@ -1,6 +1,6 @@
 //! Hyper-parameters and named weights of a model family, checked. Knows nothing of devices.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::sync::{Arc, OnceLock};
 
@@ -138,12 +138,21 @@ pub struct Desc {
     pub n_layers: usize,
     pub n_embd: usize,
     pub n_ctx_train: usize,
+    pub n_heads: usize,
+    pub n_kv_heads: usize,
+    pub head_dim: usize,
+    pub n_ff: usize,
     pub rules: Rules,
     pub family: String,
+    /// `general.name` of a GGUF file; empty if there is none.
+    pub name: String,
     pub n_parameters: usize,
+    /// Of all tensors, as the checkpoint stores them.
     pub weight_bytes: usize,
     /// Such as "Q4_1 x 210, F32 x 61".
     pub dtypes: String,
+    /// The type of most parameters.
+    pub weight_type: DType,
 }
 
 /// Weights prepared for a backend, and a tokenizer: immutable, shared by any number of threads.
@@ -178,7 +187,7 @@ impl Model {
         if let Some(rules) = options.rules {
             hyper.rules = other_rules(&hyper, rules)?;
         }
-        let desc = describe(&hyper, &checkpoint);
+        let desc = describe(&hyper, &checkpoint)?;
         let hyper = Arc::new(hyper);
         let weights_hash = hash_weights(&checkpoint);
         let backend = backend::prepare(hyper.clone(), weights, options.backend, &mut |f| report(0.3 + 0.7 * f))?;
@@ -223,8 +232,8 @@ impl Model {
         self.backend.pass_bytes()
     }
 
-    pub fn desc(&self) -> Desc {
-        self.desc.clone()
+    pub fn desc(&self) -> &Desc {
+        &self.desc
     }
 
     /// `None` if the checkpoint has none: token ids only.
@@ -275,26 +284,39 @@ fn other_rules(hyper: &Hyper, (copies, window, chunk): (usize, usize, usize)) ->
     Ok(rules)
 }
 
-fn describe(hyper: &Hyper, checkpoint: &Checkpoint) -> Desc {
-    let mut counts = std::collections::BTreeMap::<DType, usize>::new();
-    let mut n_parameters = 0;
+fn describe(hyper: &Hyper, checkpoint: &Checkpoint) -> Result<Desc> {
+    // (tensors, parameters) of each type.
+    let mut counts = BTreeMap::<DType, (usize, usize)>::new();
     for t in checkpoint.tensors.values() {
-        *counts.entry(t.dtype).or_default() += 1;
-        n_parameters += t.shape.iter().product::<usize>();
+        let (n_tensors, n_parameters) = counts.entry(t.dtype).or_default();
+        *n_tensors += 1;
+        *n_parameters += t.shape.iter().product::<usize>();
     }
+    let name = match &checkpoint.description {
+        Description::Hub(_) => None,
+        Description::Gguf(metadata) => metadata.str("general.name")?,
+    };
+    let weight_type = counts.iter().max_by_key(|(_, (_, n))| *n).map_or(DType::F32, |(&dtype, _)| dtype);
+    let n_parameters = counts.values().map(|(_, n)| n).sum();
     let mut counts: Vec<_> = counts.into_iter().collect();
-    counts.sort_by_key(|&(_, n)| std::cmp::Reverse(n));
-    Desc {
+    counts.sort_by_key(|&(_, (n, _))| std::cmp::Reverse(n));
+    Ok(Desc {
         n_vocab: hyper.n_vocab,
         n_layers: hyper.n_layers,
         n_embd: hyper.n_embd,
         n_ctx_train: hyper.n_ctx_train,
+        n_heads: hyper.n_heads,
+        n_kv_heads: hyper.n_kv_heads,
+        head_dim: hyper.head_dim,
+        n_ff: hyper.n_ff,
         rules: hyper.rules,
         family: hyper.family.clone(),
+        name: name.unwrap_or_default().to_owned(),
         n_parameters,
         weight_bytes: checkpoint.tensor_bytes,
-        dtypes: counts.iter().map(|(t, n)| format!("{t} x {n}")).collect::<Vec<_>>().join(", "),
-    }
+        dtypes: counts.iter().map(|(t, (n, _))| format!("{t} x {n}")).collect::<Vec<_>>().join(", "),
+        weight_type,
+    })
 }
 
 fn tokenizer_of(checkpoint: &Checkpoint) -> Result<Option<Tokenizer>> {

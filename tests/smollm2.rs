@@ -10,6 +10,7 @@ use common::{demo_model, root, under_every_variant};
 use phd::Model;
 use phd::model::{BackendKind, LoadOptions};
 use phd::session::{CacheType, Session, SessionOptions};
+use phd::tokenizer::Special;
 use serde_json::Value as Json;
 
 fn model_path() -> PathBuf {
@@ -31,6 +32,20 @@ fn session(model: Arc<Model>) -> Session {
 fn recorded(which: &str) -> Json {
     let path = root().join(format!("tests/data/smollm2/{which}.json"));
     serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap()
+}
+
+/// What the file says of itself.
+#[test]
+fn description() {
+    let model = load(BackendKind::Cpu);
+    let (desc, tokenizer) = (model.desc(), model.tokenizer().unwrap());
+    assert_eq!((desc.n_heads, desc.n_kv_heads, desc.head_dim, desc.n_ff), (9, 3, 64, 1536));
+    assert_eq!((desc.n_parameters, desc.weight_type.name(), desc.family.as_str()), (134_515_008, "Q4_1", "llama"));
+    assert_eq!((desc.weight_bytes, desc.name.as_str()), (96_576_768, "Smollm2 135M 8k Lc100K Mix1 Ep2"));
+    let text = |role| tokenizer.spelling(tokenizer.special(role));
+    assert_eq!((text(Special::Bos).as_str(), text(Special::Eot).as_str()), ("<|im_start|>", "<|im_end|>"));
+    assert_eq!(text(Special::FimRepo), "<reponame>");
+    assert!(tokenizer.chat_template().unwrap().contains("<|im_start|>"));
 }
 
 fn log_softmax(logits: &[f32]) -> Vec<f64> {

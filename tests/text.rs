@@ -9,7 +9,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use phd::checkpoint::{Checkpoint, Description, OpenOptions};
-use phd::tokenizer::{GgufVocab, MAX_STOP_BYTES, MAX_STOPS, StopStrings, StreamDecoder, Tokenizer};
+use phd::tokenizer::{GgufVocab, MAX_STOP_BYTES, MAX_STOPS, Special, StopStrings, StreamDecoder, Tokenizer};
 use proptest::prelude::*;
 
 /// GPT-2's alphabet: printable Latin-1 is itself, the other bytes follow from U+0100 on.
@@ -147,21 +147,54 @@ fn a_stream_allocates_nothing() {
     assert!(decoder.stop().is_none() && out.len() > 20_000);
 }
 
-/// A Hub folder's templates: files before tokenizer_config.json, single or by name.
-#[test]
-fn hub_templates_by_name() {
-    let (demo, folder) = (common::demo_model(), tempfile::tempdir().unwrap());
-    for file in std::fs::read_dir(&demo).unwrap().map(|f| f.unwrap()) {
+/// The demo model's folder, without some of its files.
+fn folder_without(left_out: &[&str]) -> tempfile::TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    for file in std::fs::read_dir(common::demo_model()).unwrap().map(|f| f.unwrap()) {
         let name = file.file_name();
-        if name != "tokenizer_config.json" && name != "chat_template.jinja" {
+        if left_out.iter().all(|&l| name != l) {
             std::os::unix::fs::symlink(file.path(), folder.path().join(name)).unwrap();
         }
     }
-    let load = || {
-        let checkpoint = Checkpoint::open(folder.path(), &OpenOptions::default()).unwrap();
-        let Description::Hub(files) = checkpoint.description else { panic!("not a Hub folder") };
-        Tokenizer::from_hub(&folder.path().join("tokenizer.json"), &files).unwrap()
-    };
+    folder
+}
+
+fn tokenizer_of(folder: &Path) -> Tokenizer {
+    let checkpoint = Checkpoint::open(folder, &OpenOptions::default()).unwrap();
+    let Description::Hub(files) = checkpoint.description else { panic!("not a Hub folder") };
+    Tokenizer::from_hub(&folder.join("tokenizer.json"), &files).unwrap()
+}
+
+/// tokenizer_config.json before special_tokens_map.json before the numbers in config.json and generation_config.json.
+#[test]
+fn hub_tokens_by_role() {
+    let folder = folder_without(&["tokenizer_config.json", "config.json", "generation_config.json"]);
+    let write = |name: &str, text: &str| std::fs::write(folder.path().join(name), text).unwrap();
+    let roles =
+        || [Special::Bos, Special::Eos, Special::Unk, Special::Pad].map(|r| tokenizer_of(folder.path()).special(r));
+    let id = |text: &str| tokenizer_of(folder.path()).encode(text.as_bytes(), false, false).unwrap()[0];
+    write("config.json", "{}");
+    assert_eq!(roles(), [None; 4]);
+    assert_eq!(tokenizer_of(folder.path()).special(Special::Eot), Some(0), "<|endoftext|>");
+    write("generation_config.json", r#"{"eos_token_id": [5, 6], "pad_token_id": 7}"#);
+    assert_eq!(roles(), [None, Some(5), None, Some(7)]);
+    assert!([5, 6].iter().all(|&id| tokenizer_of(folder.path()).is_end_of_generation(id)));
+    write("config.json", r#"{"bos_token_id": 8, "eos_token_id": 4096, "pad_token_id": null}"#);
+    assert_eq!(roles(), [Some(8), None, None, Some(7)], "4096 is no token");
+    write(
+        "special_tokens_map.json",
+        r#"{"bos_token": {"content": "a"}, "eos_token": "b", "unk_token": "no such token"}"#,
+    );
+    assert_eq!(roles(), [Some(id("a")), Some(id("b")), None, Some(7)]);
+    write("tokenizer_config.json", r#"{"bos_token": "c", "eos_token": null, "pad_token": "d"}"#);
+    assert_eq!(roles(), [Some(id("c")), Some(id("b")), None, Some(id("d"))]);
+}
+
+/// A Hub folder's templates: files before tokenizer_config.json, single or by name.
+#[test]
+fn hub_templates_by_name() {
+    let folder = folder_without(&["tokenizer_config.json", "chat_template.jinja"]);
+    let load = || tokenizer_of(folder.path());
     let write = |name: &str, text: &str| std::fs::write(folder.path().join(name), text).unwrap();
     assert!(load().choose_chat_template(None, true).unwrap_err().to_string().contains("no chat template"));
     write("tokenizer_config.json", r#"{"chat_template": "one"}"#);

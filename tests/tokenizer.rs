@@ -4,7 +4,7 @@ mod common;
 
 use std::path::Path;
 
-use phd::tokenizer::{GgufVocab, StreamDecoder, Tokenizer};
+use phd::tokenizer::{GgufVocab, Special, StreamDecoder, Tokenizer};
 use serde_json::Value as Json;
 
 fn json(path: &Path) -> Json {
@@ -137,6 +137,34 @@ fn sentencepiece_merges_by_score_and_falls_back_to_bytes() {
     assert_eq!(ids("é", false), [1, 5, 3, 4], "bytes of an unknown character");
     assert_eq!(ids("a</s>b", true), [1, 9, 2, 5, 7], "a text after a special token begins anew");
     assert_eq!(tokenizer.decode(&[1, 9, 10]).unwrap(), b"abb");
+}
+
+/// The file's word counts, then spellings, of which those that end a turn come first.
+#[test]
+fn tokens_by_role() {
+    let role = |v: &GgufVocab, role| Tokenizer::from_gguf(Path::new("roles"), v.clone()).unwrap().special(role);
+    let mut v = vocab("gpt-2");
+    assert_eq!(Special::ALL.map(|r| role(&v, r)).iter().flatten().count(), 3, "bos, eos, and <|endoftext|> as eot");
+    for (id, text) in [(9, "<|endoftext|>"), (20, "<|im_end|>"), (21, "<fim_prefix>"), (22, "<|fim_prefix|>")] {
+        v.tokens[id] = text.to_owned();
+    }
+    (v.tokens[0], v.tokens[23]) = ("<|begin|>".to_owned(), "<|file_sep|>".to_owned());
+    v.merges.clear();
+    assert_eq!(role(&v, Special::Eot), Some(20));
+    assert_eq!(role(&v, Special::FimPrefix), Some(22));
+    assert_eq!(role(&v, Special::FimMiddle), None);
+    v.eot = Some(30);
+    v.fim = [Some(31), Some(32), Some(33), Some(34), Some(35), None];
+    (v.unk, v.pad) = (Some(36), Some(37));
+    let found = Special::ALL.map(|r| role(&v, r).unwrap());
+    assert_eq!(found, [0, 0, 30, 36, 37, 31, 32, 33, 34, 35, 23]);
+    let tokenizer = Tokenizer::from_gguf(Path::new("roles"), v.clone()).unwrap();
+    let ends: Vec<u32> = (0..2048).filter(|&id| tokenizer.is_end_of_generation(id)).collect();
+    assert_eq!(ends, [0, 23, 30, 34, 35]);
+    (v.pad, v.fim) = (Some(u32::MAX), [Some(2048); 6]);
+    assert_eq!((role(&v, Special::Pad), role(&v, Special::FimPrefix)), (None, Some(22)), "ids that do not exist");
+    let pieces = sentencepiece();
+    assert_eq!((role(&pieces, Special::Unk), role(&pieces, Special::Eos)), (Some(0), Some(2)));
 }
 
 #[test]

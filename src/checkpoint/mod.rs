@@ -172,6 +172,7 @@ pub enum Description {
 pub struct HubFiles {
     pub config: serde_json::Value,
     pub tokenizer_config: Option<serde_json::Value>,
+    pub special_tokens_map: Option<serde_json::Value>,
     pub generation_config: Option<serde_json::Value>,
     /// `tokenizer.json`
     pub tokenizer: Option<PathBuf>,

@@ -54,6 +54,7 @@ pub(super) fn open(folder: &Path, options: &OpenOptions) -> Result<(Description,
     let files = HubFiles {
         config,
         tokenizer_config: json(&folder.join("tokenizer_config.json"))?,
+        special_tokens_map: json(&folder.join("special_tokens_map.json"))?,
         generation_config: json(&folder.join("generation_config.json"))?,
         tokenizer,
         chat_templates: chat_templates(folder)?,

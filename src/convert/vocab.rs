@@ -11,7 +11,7 @@ use serde_json::Value as Json;
 use crate::checkpoint::HubFiles;
 use crate::checkpoint::gguf_writer::Metadata;
 use crate::error::{Error, Result, unsupported};
-use crate::tokenizer::{GgufVocab, Tokenizer, is_byte_piece, is_known_pre, pre_of_pattern};
+use crate::tokenizer::{GgufVocab, Special, Tokenizer, is_byte_piece, is_known_pre, pre_of_pattern};
 
 /// GGUF token types.
 const NORMAL: i32 = 1;
@@ -74,15 +74,8 @@ pub fn describe(
     (vocab.add_bos, vocab.add_eos) = (Some(add_bos), Some(add_eos));
     let in_vocab = |id: &u32| (*id as usize) < n_vocab;
     (vocab.bos, vocab.eos) = (hub.bos().filter(in_vocab), hub.eos().filter(in_vocab));
-    let id_of = |name: &str| {
-        let value = files.tokenizer_config.as_ref().and_then(|c| c.get(format!("{name}_token")));
-        let text = value.and_then(|v| v.as_str().or_else(|| v.get("content")?.as_str()));
-        let by_text = text.and_then(|text| vocab.tokens.iter().position(|t| t == text));
-        let by_id = || files.config.get(format!("{name}_token_id"))?.as_u64().and_then(|id| usize::try_from(id).ok());
-        by_text.or_else(by_id).filter(|&id| id < n_vocab).map(|id| id as u32)
-    };
-    let (unk, pad) = (id_of("unk"), id_of("pad"));
-    (vocab.unk, vocab.pad) = (vocab.unk.or(unk), pad);
+    vocab.unk = vocab.unk.or(hub.special(Special::Unk).filter(in_vocab));
+    vocab.pad = hub.special(Special::Pad).filter(in_vocab);
     vocab.chat_template = hub.chat_template().map(str::to_owned);
     other_ends(&mut vocab, &hub, json_path, notes)?;
 
@@ -96,8 +89,10 @@ pub fn describe(
 /// Ends of a generation beside eos, which GGUF has two keys for; well-known ones are found by their text.
 fn other_ends(vocab: &mut GgufVocab, hub: &Tokenizer, path: &Path, notes: &mut Vec<String>) -> Result<()> {
     let is_eom = |id: u32| vocab.tokens[id as usize] == "<|eom_id|>";
+    let known = Special::FIM_ENDS.map(|role| hub.special(role)).into_iter().chain([vocab.eos]);
+    let known: Vec<u32> = known.flatten().collect();
     let ends: Vec<u32> = (0..vocab.tokens.len().min(hub.n_vocab()) as u32)
-        .filter(|&id| hub.is_end_of_generation(id) && Some(id) != vocab.eos)
+        .filter(|&id| hub.is_end_of_generation(id) && !known.contains(&id))
         .collect();
     let is_turn = |id: u32| {
         ["<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>"].contains(&vocab.tokens[id as usize].as_str())

@@ -93,6 +93,17 @@ unsafe fn input<'a, T>(data: *const T, len: usize, name: &str) -> Result<&'a [T]
     Ok(unsafe { std::slice::from_raw_parts(data, len) })
 }
 
+/// An input text, which may be null if it is empty.
+///
+/// # Safety
+/// `text` is null or points to `len` readable bytes.
+unsafe fn utf8<'a>(text: *const c_char, len: usize, name: &str) -> Result<&'a str> {
+    // SAFETY: the caller's promise.
+    let bytes = unsafe { input(text.cast::<u8>(), len, name)? };
+    std::str::from_utf8(bytes)
+        .map_err(|e| invalid!("{name} is not UTF-8: byte {} is no part of a character", e.valid_up_to()))
+}
+
 /// A path given as a terminated string.
 ///
 /// # Safety
@@ -218,7 +229,8 @@ pub unsafe extern "C" fn phd_model_info(
 ) -> phd_status {
     guard(error, || {
         // SAFETY: a live handle and an out struct of its own struct_size, by the C contract.
-        let desc = unsafe { borrow(model, "model") }?.model.desc();
+        let model = &unsafe { borrow(model, "model") }?.model;
+        let desc = model.desc();
         let value = phd_model_desc {
             struct_size: 0,
             n_vocab: desc.n_vocab as u32,
@@ -228,9 +240,43 @@ pub unsafe extern "C" fn phd_model_info(
             copies: desc.rules.copies as u32,
             window: desc.rules.window as u32,
             chunk: desc.rules.chunk as u32,
+            n_heads: desc.n_heads as u32,
+            n_kv_heads: desc.n_kv_heads as u32,
+            head_dim: desc.head_dim as u32,
+            n_ff: desc.n_ff as u32,
+            has_tokenizer: model.tokenizer().is_some().into(),
+            n_params: desc.n_parameters as u64,
+            weights_bytes: desc.weight_bytes as u64,
         };
         // SAFETY: as above.
         unsafe { params::write(value, out) }
+    })
+}
+
+/// A text that describes a model, `kind` a phd_model_text: `*len` bytes of UTF-8, not terminated. Sizes are handled as in
+/// phd_tokenize.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn phd_model_string(
+    model: *const phd_model,
+    kind: u32,
+    text: *mut c_char,
+    capacity: usize,
+    len: *mut usize,
+    error: *mut *mut phd_error,
+) -> phd_status {
+    guard(error, || {
+        // SAFETY: the C contract.
+        let model = &unsafe { borrow(model, "model") }?.model;
+        let desc = model.desc();
+        let found = match kind {
+            0 => desc.family.clone(),
+            1 => desc.name.clone(),
+            2 => desc.weight_type.to_string(),
+            3 => model.backend_name(),
+            other => return Err(invalid!("kind is {other}, expected a phd_model_text")),
+        };
+        // SAFETY: the C contract.
+        unsafe { copy_out(found.as_bytes(), text, capacity, len, "text") }
     })
 }
 

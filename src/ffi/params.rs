@@ -85,6 +85,33 @@ pub struct phd_model_desc {
     pub window: u32,
     /// C, in positions; 0 = none.
     pub chunk: u32,
+    pub n_heads: u32,
+    /// Heads of keys and values.
+    pub n_kv_heads: u32,
+    /// Elements of a head.
+    pub head_dim: u32,
+    /// Width of the feed-forward layers.
+    pub n_ff: u32,
+    /// 1, or 0 for a checkpoint of token ids only.
+    pub has_tokenizer: u32,
+    /// Parameters in the checkpoint's tensors.
+    pub n_params: u64,
+    /// Bytes of the checkpoint's tensors, as it stores them.
+    pub weights_bytes: u64,
+}
+
+/// A text that describes a model: see phd_model_string.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub enum phd_model_text {
+    /// The family, by the checkpoint's name for it: "llama".
+    PHD_MODEL_ARCHITECTURE = 0,
+    /// What a GGUF file calls its model (`general.name`); may be empty.
+    PHD_MODEL_NAME,
+    /// The type that most parameters are stored in: "Q4_1".
+    PHD_MODEL_WEIGHT_TYPE,
+    /// What computes: the backend and its variant.
+    PHD_MODEL_BACKEND,
 }
 
 /// Exact bytes held by a session; the weights are shared with the model's other sessions.

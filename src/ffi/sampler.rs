@@ -4,7 +4,7 @@ use std::ffi::c_char;
 
 use super::params::{self, Versioned};
 use super::text::tokenizer;
-use super::{borrow, guard, input, output, phd_error, phd_model, phd_status};
+use super::{borrow, guard, input, output, phd_error, phd_model, phd_status, utf8};
 use crate::error::{Error, Result, invalid};
 use crate::sampling::constraint::{Constraint, TokenEnvironment};
 use crate::sampling::{self, Sampler, SamplerParams, StageKind};
@@ -287,17 +287,6 @@ pub unsafe extern "C" fn phd_sampler_add_dry_breaker_text(
             unsafe { (exclusive(sampler)?, borrow(model, "model")?, utf8(text, len, "text")?) };
         sampler.add_dry_breaker_text(text, tokenizer(&model.model)?)
     })
-}
-
-/// An input text.
-///
-/// # Safety
-/// `text` is null or points to `len` readable bytes.
-unsafe fn utf8<'a>(text: *const c_char, len: usize, name: &str) -> Result<&'a str> {
-    // SAFETY: the caller's promise.
-    let bytes = unsafe { input(text.cast::<u8>(), len, name)? };
-    std::str::from_utf8(bytes)
-        .map_err(|e| invalid!("{name} is not UTF-8: byte {} is no part of a character", e.valid_up_to()))
 }
 
 /// Sets a constraint made of a text.

@@ -6,11 +6,11 @@ use std::sync::Arc;
 use serde_json::Value as Json;
 
 use super::params::{self, Versioned};
-use super::{borrow, copy_out, guard, input, output, phd_error, phd_model, phd_status};
+use super::{borrow, copy_out, guard, input, output, phd_error, phd_model, phd_status, utf8};
 use crate::error::{Error, Result, invalid, unsupported};
 use crate::model::Model;
 use crate::tokenizer::chat::{ChatTemplate, Conversation, parse_json};
-use crate::tokenizer::{Progress, StopStrings, StreamDecoder, Tokenizer};
+use crate::tokenizer::{Progress, Special, StopStrings, StreamDecoder, Tokenizer};
 
 /// Flags of phd_tokenize: add the special tokens that the model expects around a text.
 pub const PHD_TOKENIZE_ADD_SPECIAL: u32 = 1;
@@ -70,6 +70,50 @@ pub unsafe extern "C" fn phd_detokenize(
         let bytes = tokenizer(&model.model)?.decode(&ids)?;
         // SAFETY: the C contract.
         unsafe { copy_out(&bytes, text, capacity, len, "text") }
+    })
+}
+
+/// What a token is for: see phd_special_token.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub enum phd_special {
+    /// Begins a text.
+    PHD_SPECIAL_BOS = 0,
+    /// Ends a text.
+    PHD_SPECIAL_EOS,
+    /// Ends a turn of a conversation.
+    PHD_SPECIAL_EOT,
+    /// Stands for what the vocabulary cannot spell.
+    PHD_SPECIAL_UNK,
+    PHD_SPECIAL_PAD,
+    /// Filling in the middle: before what stands before the gap.
+    PHD_SPECIAL_FIM_PREFIX,
+    /// Before what stands behind the gap.
+    PHD_SPECIAL_FIM_SUFFIX,
+    /// Where the model begins to fill the gap.
+    PHD_SPECIAL_FIM_MIDDLE,
+    PHD_SPECIAL_FIM_PAD,
+    /// Before the name of a repository.
+    PHD_SPECIAL_FIM_REPO,
+    /// Between files of a repository.
+    PHD_SPECIAL_FIM_SEPARATOR,
+}
+
+/// The token of a role, `kind` a phd_special, or -1 if the vocabulary has none: as the checkpoint's files say, and where they say
+/// nothing by well-known spellings.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn phd_special_token(
+    model: *const phd_model,
+    kind: u32,
+    token: *mut i32,
+    error: *mut *mut phd_error,
+) -> phd_status {
+    guard(error, || {
+        // SAFETY: the C contract.
+        let (model, out) = unsafe { (borrow(model, "model")?, output(token, "token")?) };
+        let role = Special::ALL.get(kind as usize).ok_or_else(|| invalid!("kind is {kind}, expected a phd_special"))?;
+        out.write(tokenizer(&model.model)?.special(*role).map_or(-1, |id| id as i32));
+        Ok(())
     })
 }
 
@@ -161,9 +205,7 @@ pub unsafe extern "C" fn phd_stream_add_stop(
 ) -> phd_status {
     guard(error, || {
         // SAFETY: the C contract.
-        let (stream, stop) = unsafe { (fresh(stream)?, input(stop.cast::<u8>(), len, "stop")?) };
-        let stop = std::str::from_utf8(stop)
-            .map_err(|e| invalid!("stop is not UTF-8: byte {} is no part of a character", e.valid_up_to()))?;
+        let (stream, stop) = unsafe { (fresh(stream)?, utf8(stop, len, "stop")?) };
         let mut stops: Vec<&str> =
             stream.decoder.stops().into_iter().flat_map(StopStrings::stops).map(|s| &**s).collect();
         stops.push(stop);
@@ -284,6 +326,29 @@ pub unsafe extern "C" fn phd_stream_free(stream: *mut phd_stream) {
     });
 }
 
+/// The Jinja source of one of the checkpoint's chat templates, `*len` bytes of UTF-8, not terminated; a null name of length 0 asks
+/// for the default one. `PHD_ERROR_UNSUPPORTED` if there is none of that name. Sizes are handled as in phd_tokenize.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn phd_chat_template(
+    model: *const phd_model,
+    name: *const c_char,
+    name_len: usize,
+    text: *mut c_char,
+    capacity: usize,
+    len: *mut usize,
+    error: *mut *mut phd_error,
+) -> phd_status {
+    guard(error, || {
+        // SAFETY: the C contract.
+        let (model, name) = unsafe { (borrow(model, "model")?, utf8(name, name_len, "name")?) };
+        let name = Some(name).filter(|name| !name.is_empty());
+        let source = tokenizer(&model.model)?.choose_chat_template(name, false);
+        let source = source.map_err(|e| unsupported!("{e}"))?;
+        // SAFETY: the C contract.
+        unsafe { copy_out(source.as_bytes(), text, capacity, len, "text") }
+    })
+}
+
 /// A conversation to render. Texts are JSON by length; null with length 0 leaves one out.
 #[repr(C)]
 #[derive(Clone, Copy)]
@@ -375,15 +440,12 @@ pub unsafe extern "C" fn phd_chat_render(
 /// # Safety
 /// Each text of `p` is null or readable for its length.
 unsafe fn render(tokenizer: &Tokenizer, p: &phd_chat_params) -> Result<String> {
-    // SAFETY: the caller's promise.
-    let bytes = |text: *const c_char, len, name| unsafe { input(text.cast::<u8>(), len, name) };
-    let json = |text, len, name| match bytes(text, len, name)? {
-        [] => Ok(Json::Null),
-        text => parse_json(text, name),
-    };
-    let utf8 = |text, len, name| {
-        std::str::from_utf8(bytes(text, len, name)?)
-            .map_err(|e| invalid!("{name} is not UTF-8: byte {} is no part of a character", e.valid_up_to()))
+    let json = |text: *const c_char, len, name| {
+        // SAFETY: the caller's promise.
+        match unsafe { input(text.cast::<u8>(), len, name)? } {
+            [] => Ok(Json::Null),
+            text => parse_json(text, name),
+        }
     };
     let messages = json(p.messages, p.messages_len, "messages")?;
     let tools = json(p.tools, p.tools_len, "tools")?;
@@ -392,7 +454,8 @@ unsafe fn render(tokenizer: &Tokenizer, p: &phd_chat_params) -> Result<String> {
     if !matches!(variables, Json::Null | Json::Object(_)) {
         return Err(invalid!("variables is no object"));
     }
-    let (source, name) = (utf8(p.source, p.source_len, "source")?, utf8(p.name, p.name_len, "name")?);
+    // SAFETY: the caller's promise.
+    let (source, name) = unsafe { (utf8(p.source, p.source_len, "source")?, utf8(p.name, p.name_len, "name")?) };
     let source = match source.is_empty() {
         true => tokenizer.choose_chat_template(Some(name).filter(|n| !n.is_empty()), !tools.is_null())?,
         false => source,

@@ -1,12 +1,13 @@
 //! Vocabularies of GGUF files.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
 use serde_json::json;
 use tokenizers::Tokenizer as HubTokenizer;
 
 use super::sentencepiece::{CONTROL, SentencePiece, UNKNOWN, USER_DEFINED};
+use super::special::{Special, Specials, is_spelling};
 use super::{DEFAULT_TEMPLATE, Encoder, Spelling, Token, Tokenizer};
 use crate::checkpoint::gguf::Metadata;
 use crate::error::{Error, Result, unsupported};
@@ -29,6 +30,8 @@ pub struct GgufVocab {
     pub eom: Option<u32>,
     pub unk: Option<u32>,
     pub pad: Option<u32>,
+    /// Filling in the middle: prefix, suffix, middle, pad, repository, file separator.
+    pub fim: [Option<u32>; 6],
     pub add_bos: Option<bool>,
     pub add_eos: Option<bool>,
     pub add_space_prefix: Option<bool>,
@@ -57,6 +60,15 @@ impl GgufVocab {
             eom: id("eom")?,
             unk: id("unknown")?,
             pad: id("padding")?,
+            fim: [
+                // The second name is that of older files.
+                id("fim_pre")?.or(id("prefix")?),
+                id("fim_suf")?.or(id("suffix")?),
+                id("fim_mid")?.or(id("middle")?),
+                id("fim_pad")?,
+                id("fim_rep")?,
+                id("fim_sep")?,
+            ],
             add_bos: m.bool("tokenizer.ggml.add_bos_token")?,
             add_eos: m.bool("tokenizer.ggml.add_eos_token")?,
             add_space_prefix: m.bool("tokenizer.ggml.add_space_prefix")?,
@@ -148,7 +160,7 @@ impl Tokenizer {
         let (encoder, spelling, add_bos, defaults) = match vocab.model.as_str() {
             "gpt2" => {
                 let (encoder, add_bos) = byte_level(path, &vocab, &types)?;
-                (encoder, Spelling::ByteLevel, add_bos, (None, None))
+                (encoder, Spelling::ByteLevel, add_bos, (None, None, None))
             }
             "llama" => {
                 let scores = vocab.scores.clone().ok_or_else(|| fail("tokenizer.ggml.scores is missing".to_owned()))?;
@@ -160,7 +172,7 @@ impl Tokenizer {
                 let pieces =
                     SentencePiece::new(&vocab.tokens, scores, &types, unknown, vocab.add_space_prefix.unwrap_or(true));
                 let default = |id: u32| Some(id).filter(|&id| (id as usize) < n);
-                (Encoder::SentencePiece(Box::new(pieces)), Spelling::Pieces, true, (default(1), default(2)))
+                (Encoder::SentencePiece(Box::new(pieces)), Spelling::Pieces, true, (default(1), default(2), default(0)))
             }
             other => return Err(unsupported!("{}: tokenizer.ggml.model = {other} is not implemented", path.display())),
         };
@@ -174,17 +186,27 @@ impl Tokenizer {
                 _ => Token { bytes: spelling.bytes(text), is_control: false },
             })
             .collect();
-        let (bos, eos) = (vocab.bos.or(defaults.0), vocab.eos.or(defaults.1));
+        let by_text: HashMap<&str, u32> =
+            (0u32..).zip(&vocab.tokens).filter(|(_, text)| is_spelling(text)).map(|(id, text)| (&**text, id)).collect();
+        let said = |special: Special| match special {
+            Special::Bos => vocab.bos.or(defaults.0),
+            Special::Eos => vocab.eos.or(defaults.1),
+            Special::Eot => vocab.eot,
+            Special::Unk => vocab.unk.or(defaults.2),
+            // Files say 2^32 - 1 for none.
+            Special::Pad => vocab.pad.filter(|&id| (id as usize) < n),
+            fim => vocab.fim[fim as usize - Special::FIM[0] as usize].filter(|&id| (id as usize) < n),
+        };
+        let specials = Specials::new(said, |text| by_text.get(text).copied());
         let mut chat_templates = vocab.named_chat_templates;
         chat_templates.extend(vocab.chat_template.map(|template| (DEFAULT_TEMPLATE.to_owned(), template)));
         let mut tokenizer = Tokenizer {
             encoder,
             tokens,
-            bos,
-            eos,
+            specials,
             add_bos: vocab.add_bos.unwrap_or(add_bos),
             add_eos: vocab.add_eos.unwrap_or(false),
-            ends: [eos, vocab.eot, vocab.eom].into_iter().flatten().collect(),
+            ends: vocab.eom.into_iter().collect(),
             chat_templates,
             has_space_prefix: spelling == Spelling::Pieces && vocab.add_space_prefix.unwrap_or(true),
         };

@@ -3,6 +3,7 @@
 pub mod chat;
 mod gguf;
 mod sentencepiece;
+mod special;
 mod stop;
 mod stream;
 
@@ -15,6 +16,8 @@ use tokenizers::Tokenizer as HubTokenizer;
 pub use gguf::GgufVocab;
 pub(crate) use gguf::{is_byte_piece, is_known_pre, pre_of_pattern};
 use sentencepiece::SentencePiece;
+pub use special::Special;
+use special::Specials;
 pub use stop::{MAX_STOP_BYTES, MAX_STOPS, StopStrings};
 pub(crate) use stream::Progress;
 pub use stream::{StreamDecoder, Utf8Stream};
@@ -52,8 +55,7 @@ enum Encoder {
 pub struct Tokenizer {
     encoder: Encoder,
     tokens: Vec<Token>,
-    bos: Option<u32>,
-    eos: Option<u32>,
+    specials: Specials,
     add_bos: bool,
     add_eos: bool,
     /// Ids that end a generation.
@@ -99,23 +101,36 @@ impl Tokenizer {
             })
             .collect();
 
-        let text_of = |name: &str| {
-            let value = tokenizer_config?.get(name)?;
-            value.as_str().or_else(|| value.get("content")?.as_str())
+        // By text, or by number: a list where several tokens end a text, the first of which is the one.
+        let id_of = |text: &str| parsing.token_to_id(text);
+        let by_text = |source: &Json, name: &str| {
+            let value = source.get(format!("{name}_token"))?;
+            id_of(value.as_str().or_else(|| value.get("content")?.as_str())?)
         };
-        let special = |name: &str| {
-            let by_text = text_of(&format!("{name}_token")).and_then(|t| parsing.token_to_id(t));
-            by_text.or_else(|| u32::try_from(files.config.get(format!("{name}_token_id"))?.as_u64()?).ok())
-        };
-        let (bos, eos) = (special("bos"), special("eos"));
-        let mut ends: Vec<u32> = eos.into_iter().collect();
-        for source in [Some(&files.config), generation_config].into_iter().flatten() {
-            let ids = match &source["eos_token_id"] {
+        let ids = |source: &Json, name: &str| -> Vec<u32> {
+            let ids = match &source[format!("{name}_token_id")] {
                 Json::Array(ids) => ids.as_slice(),
                 id => std::slice::from_ref(id),
             };
-            ends.extend(ids.iter().filter_map(|id| u32::try_from(id.as_u64()?).ok()));
-        }
+            ids.iter().filter_map(|id| u32::try_from(id.as_u64()?).ok()).collect()
+        };
+        let texts = [tokenizer_config, files.special_tokens_map.as_ref()];
+        let numbers = [Some(&files.config), generation_config];
+        let said = |special: Special| {
+            let name = match special {
+                Special::Bos => "bos",
+                Special::Eos => "eos",
+                Special::Unk => "unk",
+                Special::Pad => "pad",
+                _ => return None,
+            };
+            let by_number = || numbers.iter().flatten().find_map(|source| ids(source, name).first().copied());
+            let said = texts.iter().flatten().find_map(|source| by_text(source, name)).or_else(by_number);
+            let unknown = || id_of(json["model"]["unk_token"].as_str()?).filter(|_| special == Special::Unk);
+            said.or_else(unknown).filter(|&id| (id as usize) < n)
+        };
+        let specials = Specials::new(said, id_of);
+        let ends = numbers.iter().flatten().flat_map(|source| ids(source, "eos")).collect();
         let mut chat_templates = BTreeMap::new();
         match tokenizer_config.map(|config| &config["chat_template"]) {
             Some(Json::String(template)) => {
@@ -135,8 +150,7 @@ impl Tokenizer {
         let mut t = Tokenizer {
             encoder,
             tokens,
-            bos,
-            eos,
+            specials,
             add_bos: false,
             add_eos: false,
             ends,
@@ -147,8 +161,10 @@ impl Tokenizer {
         Ok(t)
     }
 
-    /// Adds the well-known end tokens, drops ids that do not exist.
+    /// Adds the end tokens that are known by role or spelling, drops ids that do not exist.
     fn finish_ends(&mut self) {
+        let roles = [Special::Eos, Special::Eot].into_iter().chain(Special::FIM_ENDS);
+        self.ends.extend(roles.filter_map(|role| self.specials.get(role)));
         for (id, token) in self.tokens.iter().enumerate() {
             if token.is_control && END_TEXTS.iter().any(|t| t.as_bytes() == &*token.bytes) {
                 self.ends.push(id as u32);
@@ -169,7 +185,7 @@ impl Tokenizer {
             .map_err(|e| invalid!("the text is not UTF-8: byte {} is no part of a character", e.valid_up_to()))?;
         let mut ids = Vec::new();
         if add_special && self.add_bos {
-            ids.extend(self.bos);
+            ids.extend(self.bos());
         }
         match &self.encoder {
             Encoder::Hub { parsing, plain } => {
@@ -182,7 +198,7 @@ impl Tokenizer {
             Encoder::SentencePiece(pieces) => pieces.encode(text, parse_special, &mut ids),
         }
         if add_special && self.add_eos {
-            ids.extend(self.eos);
+            ids.extend(self.eos());
         }
         Ok(ids)
     }
@@ -221,11 +237,16 @@ impl Tokenizer {
     }
 
     pub fn bos(&self) -> Option<u32> {
-        self.bos
+        self.special(Special::Bos)
     }
 
     pub fn eos(&self) -> Option<u32> {
-        self.eos
+        self.special(Special::Eos)
+    }
+
+    /// The token of a role, if the vocabulary has one.
+    pub fn special(&self, role: Special) -> Option<u32> {
+        self.specials.get(role)
     }
 
     /// Whether generation ends with this token: end of text, of turn, of message.
@@ -244,7 +265,7 @@ impl Tokenizer {
             [only] => Some(id == Some(*only)).filter(|&is| is),
             _ => None,
         };
-        Some((side(before, self.bos)?, side(after, self.eos)?))
+        Some((side(before, self.bos())?, side(after, self.eos())?))
     }
 
     pub fn chat_template(&self) -> Option<&str> {

@@ -86,12 +86,43 @@ static void models(const char *golden, const char *folder) {
   CHECK(desc.window == UINT32_MAX);
   desc.struct_size = sizeof desc;
   OK(phd_model_info(model, &desc, &error));
-  CHECK(desc.window == 16 && desc.chunk == 32);
+  CHECK(desc.window == 16 && desc.chunk == 32 && desc.n_heads == 4 && desc.n_kv_heads == 2 && desc.head_dim == 16);
+  CHECK(desc.n_ff == 96 && desc.has_tokenizer == 0 && desc.n_params > 0 && desc.weights_bytes == 2 * desc.n_params);
+
+  /* A program whose header ends with `chunk`. */
+  struct {
+    struct {
+      size_t struct_size;
+      uint32_t n_vocab, n_layers, n_embd, n_ctx_train, copies, window, chunk;
+    } desc;
+    uint64_t after;
+  } older;
+  memset(&older, 0xff, sizeof older);
+  older.desc.struct_size = sizeof older.desc;
+  OK(phd_model_info(model, (phd_model_desc *)&older.desc, &error));
+  CHECK(older.desc.chunk == 32 && older.after == UINT64_MAX);
   INVALID("model", phd_model_info(NULL, &desc, &error));
   INVALID("out", phd_model_info(model, NULL, &error));
   desc.struct_size = 0;
   INVALID("struct_size", phd_model_info(model, &desc, &error));
   size_t n = 0;
+  char text[64];
+  OK(phd_model_string(model, PHD_MODEL_ARCHITECTURE, text, sizeof text, &n, &error));
+  CHECK(n == 5 && memcmp(text, "llama", n) == 0);
+  OK(phd_model_string(model, PHD_MODEL_NAME, NULL, 0, &n, &error));
+  CHECK(n == 0);
+  OK(phd_model_string(model, PHD_MODEL_WEIGHT_TYPE, text, sizeof text, &n, &error));
+  CHECK(n == 4 && memcmp(text, "BF16", n) == 0);
+  OK(phd_model_string(model, PHD_MODEL_BACKEND, text, sizeof text, &n, &error));
+  CHECK(n > 0);
+  EXPECT(PHD_ERROR_BUFFER_TOO_SMALL, "5", phd_model_string(model, PHD_MODEL_ARCHITECTURE, text, 1, &n, &error));
+  CHECK(n == 5);
+  INVALID("kind is 4", phd_model_string(model, 4, text, sizeof text, &n, &error));
+  INVALID("model", phd_model_string(NULL, 0, text, sizeof text, &n, &error));
+  INVALID("null", phd_model_string(model, 0, text, sizeof text, NULL, &error));
+  int32_t token = 7;
+  EXPECT(PHD_ERROR_UNSUPPORTED, "tokenizer", phd_special_token(model, PHD_SPECIAL_BOS, &token, &error));
+  EXPECT(PHD_ERROR_UNSUPPORTED, "tokenizer", phd_chat_template(model, NULL, 0, text, sizeof text, &n, &error));
   EXPECT(PHD_ERROR_UNSUPPORTED, "tokenizer", phd_tokenize(model, "a", 1, 0, NULL, 0, &n, &error));
   phd_model_free(model);
   newer.later = 1;
@@ -624,6 +655,11 @@ static void chat(const phd_model *model) {
   const char *expected = "user: Hi caf\xc3\xa9|[{\"type\": \"function\"}]|yes|";
   size_t length = 0;
   phd_chat_params_init(&params, sizeof params);
+  EXPECT(PHD_ERROR_UNSUPPORTED, "no chat template", phd_chat_template(model, NULL, 0, buffer, sizeof buffer, &length, &error));
+  EXPECT(PHD_ERROR_UNSUPPORTED, "no chat template", phd_chat_template(model, "x", 1, buffer, sizeof buffer, &length, &error));
+  INVALID("UTF-8", phd_chat_template(model, "\xff", 1, buffer, sizeof buffer, &length, &error));
+  INVALID("name is null", phd_chat_template(model, NULL, 1, buffer, sizeof buffer, &length, &error));
+  INVALID("model", phd_chat_template(NULL, NULL, 0, buffer, sizeof buffer, &length, &error));
   INVALID("no chat template", phd_chat_render(model, NULL, buffer, sizeof buffer, &length, &error));
   set(&params.messages, &params.messages_len, "[{\"role\": \"user\", \"content\": \"Hi caf\xc3\xa9\", \"name\": null}]");
   INVALID("no chat template", phd_chat_render(model, &params, buffer, sizeof buffer, &length, &error));
@@ -713,6 +749,16 @@ static void text(const char *demo) {
   OK(phd_token_is_end(model, 0, &is_end, &error));
   CHECK(is_end);
   INVALID("stream", phd_stream_push(NULL, 0, buffer, 1, &length, &error));
+
+  /* Tokens by role. */
+  int32_t token = 7;
+  OK(phd_special_token(model, PHD_SPECIAL_BOS, &token, &error));
+  CHECK(token == 0);
+  OK(phd_special_token(model, PHD_SPECIAL_FIM_SEPARATOR, &token, &error));
+  CHECK(token == -1);
+  INVALID("kind is 11", phd_special_token(model, PHD_SPECIAL_FIM_SEPARATOR + 1, &token, &error));
+  INVALID("token is null", phd_special_token(model, PHD_SPECIAL_BOS, NULL, &error));
+  INVALID("model", phd_special_token(NULL, PHD_SPECIAL_BOS, &token, &error));
 
   /* Bytes of tokens, and control tokens. */
   uint8_t bytes[16];
