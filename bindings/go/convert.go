@@ -1,9 +1,6 @@
 package phd
 
 // #include "shim.h"
-// #cgo noescape phd_convert_params_init
-// #cgo nocallback phd_convert_params_init
-// #cgo noescape phd_go_convert
 import "C"
 
 import (

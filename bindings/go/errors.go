@@ -1,12 +1,6 @@
 package phd
 
 // #include "shim.h"
-// #cgo noescape phd_status_name
-// #cgo nocallback phd_status_name
-// #cgo noescape phd_error_message
-// #cgo nocallback phd_error_message
-// #cgo noescape phd_error_free
-// #cgo nocallback phd_error_free
 import "C"
 
 import (

@@ -1,7 +1,6 @@
 package phd
 
 // #include "shim.h"
-// #cgo noescape phd_go_log_set
 import "C"
 
 import (

@@ -1,29 +1,6 @@
 package phd
 
 // #include "shim.h"
-// #cgo noescape phd_model_params_init
-// #cgo nocallback phd_model_params_init
-// #cgo noescape phd_go_model_load
-// #cgo noescape phd_model_info
-// #cgo nocallback phd_model_info
-// #cgo noescape phd_model_free
-// #cgo nocallback phd_model_free
-// #cgo noescape phd_tokenize
-// #cgo nocallback phd_tokenize
-// #cgo noescape phd_detokenize
-// #cgo nocallback phd_detokenize
-// #cgo noescape phd_token_bytes
-// #cgo nocallback phd_token_bytes
-// #cgo noescape phd_token_is_end
-// #cgo nocallback phd_token_is_end
-// #cgo noescape phd_model_string
-// #cgo nocallback phd_model_string
-// #cgo noescape phd_special_token
-// #cgo nocallback phd_special_token
-// #cgo noescape phd_chat_template
-// #cgo nocallback phd_chat_template
-// #cgo noescape phd_go_chat_render
-// #cgo nocallback phd_go_chat_render
 import "C"
 
 import (
@@ -123,15 +100,15 @@ func LoadModel(ctx context.Context, path string, o *ModelOptions) (*Model, error
 	if u.err != nil {
 		return nil, u.err
 	}
-	cPath, err := cPath("path", path)
+	name, err := cPath("path", path)
 	if err != nil {
 		return nil, err
 	}
-	defer C.free(unsafe.Pointer(cPath))
+	defer C.free(unsafe.Pointer(name))
 
 	var ptr *C.phd_model
 	err = callWithProgress(ctx, o.Progress, func(handle C.uintptr_t, e **C.phd_error) cStatus {
-		return C.phd_go_model_load(cPath, &params, handle, &ptr, e)
+		return C.phd_go_model_load(name, &params, handle, &ptr, e)
 	})
 	if err != nil {
 		return nil, err

@@ -1,40 +1,6 @@
 package phd
 
 // #include "shim.h"
-// #cgo noescape phd_sampler_params_init
-// #cgo nocallback phd_sampler_params_init
-// #cgo noescape phd_sampler_create
-// #cgo nocallback phd_sampler_create
-// #cgo noescape phd_sampler_create_empty
-// #cgo nocallback phd_sampler_create_empty
-// #cgo noescape phd_sampler_clone
-// #cgo nocallback phd_sampler_clone
-// #cgo noescape phd_sampler_add
-// #cgo nocallback phd_sampler_add
-// #cgo noescape phd_sampler_add_logit_bias
-// #cgo nocallback phd_sampler_add_logit_bias
-// #cgo noescape phd_sampler_add_dry_breaker
-// #cgo nocallback phd_sampler_add_dry_breaker
-// #cgo noescape phd_sampler_add_dry_breaker_text
-// #cgo nocallback phd_sampler_add_dry_breaker_text
-// #cgo noescape phd_sampler_add_json_schema
-// #cgo nocallback phd_sampler_add_json_schema
-// #cgo noescape phd_sampler_add_regex
-// #cgo nocallback phd_sampler_add_regex
-// #cgo noescape phd_sampler_add_grammar
-// #cgo nocallback phd_sampler_add_grammar
-// #cgo noescape phd_go_sample
-// #cgo nocallback phd_go_sample
-// #cgo noescape phd_sampler_sample
-// #cgo nocallback phd_sampler_sample
-// #cgo noescape phd_sampler_accept
-// #cgo nocallback phd_sampler_accept
-// #cgo noescape phd_sampler_accept_prompt
-// #cgo nocallback phd_sampler_accept_prompt
-// #cgo noescape phd_sampler_reset
-// #cgo nocallback phd_sampler_reset
-// #cgo noescape phd_sampler_free
-// #cgo nocallback phd_sampler_free
 import "C"
 
 import (

@@ -1,48 +1,6 @@
 package phd
 
 // #include "shim.h"
-// #cgo noescape phd_prefill
-// #cgo noescape phd_step
-// #cgo noescape phd_score
-// #cgo noescape phd_embed
-// #cgo noescape phd_logits
-// #cgo nocallback phd_logits
-// #cgo noescape phd_logits_at
-// #cgo nocallback phd_logits_at
-// #cgo noescape phd_seq_length
-// #cgo nocallback phd_seq_length
-// #cgo noescape phd_seq_truncate
-// #cgo nocallback phd_seq_truncate
-// #cgo noescape phd_seq_fork
-// #cgo nocallback phd_seq_fork
-// #cgo noescape phd_seq_cancel
-// #cgo nocallback phd_seq_cancel
-// #cgo noescape phd_seq_cancel_clear
-// #cgo nocallback phd_seq_cancel_clear
-// #cgo noescape phd_seq_retain
-// #cgo nocallback phd_seq_retain
-// #cgo noescape phd_seq_take_prefix
-// #cgo nocallback phd_seq_take_prefix
-// #cgo noescape phd_seq_tokens
-// #cgo nocallback phd_seq_tokens
-// #cgo noescape phd_seq_policy_init
-// #cgo nocallback phd_seq_policy_init
-// #cgo noescape phd_seq_set_policy
-// #cgo nocallback phd_seq_set_policy
-// #cgo noescape phd_seq_dropped
-// #cgo nocallback phd_seq_dropped
-// #cgo noescape phd_seq_save
-// #cgo nocallback phd_seq_save
-// #cgo noescape phd_seq_restore
-// #cgo nocallback phd_seq_restore
-// #cgo noescape phd_seq_save_file
-// #cgo nocallback phd_seq_save_file
-// #cgo noescape phd_seq_restore_file
-// #cgo nocallback phd_seq_restore_file
-// #cgo noescape phd_go_top_logprobs
-// #cgo nocallback phd_go_top_logprobs
-// #cgo noescape phd_go_logprobs
-// #cgo nocallback phd_go_logprobs
 import "C"
 
 import (
@@ -76,9 +34,8 @@ func (q *Sequence) Prefill(ctx context.Context, tokens []Token) error {
 		return err
 	}
 	from, count := cTokens(tokens)
-	var e *C.phd_error
-	status := C.phd_prefill(ptr, q.id, from, count, &e)
-	return s.end(ctx, q, nil, status, e)
+	status := C.phd_prefill(ptr, q.id, from, count, &s.err)
+	return s.end(ctx, q, nil, status)
 }
 
 // Step appends one token; otherwise as Prefill.
@@ -88,9 +45,8 @@ func (q *Sequence) Step(ctx context.Context, token Token) error {
 	if err != nil {
 		return err
 	}
-	var e *C.phd_error
-	status := C.phd_step(ptr, q.id, C.int32_t(token), &e)
-	return s.end(ctx, q, nil, status, e)
+	status := C.phd_step(ptr, q.id, C.int32_t(token), &s.err)
+	return s.end(ctx, q, nil, status)
 }
 
 // Score appends tokens, leaves no logits, and returns ln p(tokens[i] | everything before it) for i = 1, 2, ...:
@@ -105,9 +61,8 @@ func (q *Sequence) Score(ctx context.Context, tokens []Token) ([]float32, error)
 	from, count := cTokens(tokens)
 	to, capacity := cFloats(scores)
 	var n C.size_t
-	var e *C.phd_error
-	status := C.phd_score(ptr, q.id, from, count, to, capacity, &n, &e)
-	if err := s.end(ctx, q, nil, status, e); err != nil {
+	status := C.phd_score(ptr, q.id, from, count, to, capacity, &n, &s.err)
+	if err := s.end(ctx, q, nil, status); err != nil {
 		return nil, err
 	}
 	return scores[:n], nil
@@ -135,9 +90,8 @@ func (q *Sequence) Embed(ctx context.Context, tokens []Token, p Pooling, normali
 	from, count := cTokens(tokens)
 	to, capacity := cFloats(embedding)
 	var n C.size_t
-	var e *C.phd_error
-	status := C.phd_embed(ptr, q.id, from, count, C.uint32_t(p), C.bool(normalize), to, capacity, &n, &e)
-	if err := s.end(ctx, q, nil, status, e); err != nil {
+	status := C.phd_embed(ptr, q.id, from, count, C.uint32_t(p), C.bool(normalize), to, capacity, &n, &s.err)
+	if err := s.end(ctx, q, nil, status); err != nil {
 		return nil, err
 	}
 	return embedding[:n], nil
@@ -245,14 +199,12 @@ func (q *Sequence) Len() int {
 
 // change runs one call that changes the sequence and has no context.
 func (q *Sequence) change(call func(ptr *C.phd_session, e **C.phd_error) cStatus) error {
-	ctx := context.Background()
-	ptr, err := q.session.begin(ctx, q)
+	s, ctx := q.session, context.Background()
+	ptr, err := s.begin(ctx, q)
 	if err != nil {
 		return err
 	}
-	var e *C.phd_error
-	status := call(ptr, &e)
-	return q.session.end(ctx, q, nil, status, e)
+	return s.end(ctx, q, nil, call(ptr, &s.err))
 }
 
 // Truncate shortens the sequence to n positions; 0 empties it. Unless that changes nothing, its logits are gone.

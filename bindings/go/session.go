@@ -1,22 +1,6 @@
 package phd
 
 // #include "shim.h"
-// #cgo noescape phd_session_params_init
-// #cgo nocallback phd_session_params_init
-// #cgo noescape phd_go_session_create
-// #cgo noescape phd_session_free
-// #cgo nocallback phd_session_free
-// #cgo noescape phd_session_memory
-// #cgo nocallback phd_session_memory
-// #cgo noescape phd_session_usage
-// #cgo nocallback phd_session_usage
-// #cgo noescape phd_session_stats
-// #cgo nocallback phd_session_stats
-// #cgo noescape phd_decode
-// #cgo noescape phd_seq_match_prefix
-// #cgo nocallback phd_seq_match_prefix
-// #cgo noescape phd_go_inside_progress
-// #cgo nocallback phd_go_inside_progress
 import "C"
 
 import (
@@ -122,7 +106,8 @@ type Session struct {
 	stop    func() bool   // of context.AfterFunc; nil: the context has no end
 	fired   chan struct{} // gets a value when onDone has run
 	onDone  func()
-	batch   *batch // what Decode passes to C
+	err     *C.phd_error // where C puts its error: not on the stack, which a progress function can make move
+	batch   *batch       // what Decode passes to C
 
 	progress progress
 	handle   cgo.Handle // of a weak pointer to this; 0: no progress function
@@ -266,8 +251,8 @@ func (s *Session) begin(ctx context.Context, q *Sequence) (*C.phd_session, error
 }
 
 // end ends what begin began: it settles what has become of requests to cancel, lets the next call in, and makes an error
-// of what C returned. The call was on q and the sequences of entries.
-func (s *Session) end(ctx context.Context, q *Sequence, entries []Entry, status cStatus, e *C.phd_error) error {
+// of what C returned and put into s.err. The call was on q and the sequences of entries.
+func (s *Session) end(ctx context.Context, q *Sequence, entries []Entry, status cStatus) error {
 	isLate := false
 	if s.stop != nil {
 		if !s.stop() {
@@ -287,18 +272,16 @@ func (s *Session) end(ctx context.Context, q *Sequence, entries []Entry, status 
 			entries[i].Sequence.settleCancelled()
 		}
 	}
-	panicked := s.progress.panicked
-	s.progress.panicked = nil
+	e, panicked := s.err, s.progress.panicked
+	s.err, s.progress.panicked = nil, nil
 	s.rows.Unlock()
 	<-s.turn
 	s.gate.leave()
+	err := checkContext(ctx, status, e)
 	if panicked != nil {
-		if e != nil {
-			C.phd_error_free(e)
-		}
 		panic(panicked)
 	}
-	return checkContext(ctx, status, e)
+	return err
 }
 
 // beginRead is begin for calls that only read; then endRead must follow.
@@ -346,9 +329,8 @@ func (s *Session) Decode(ctx context.Context, entries []Entry) error {
 	if err != nil {
 		return err
 	}
-	var e *C.phd_error
-	status := C.phd_decode(ptr, s.batch.fill(entries), C.size_t(len(entries)), &e)
-	return s.end(ctx, watched, entries, status, e)
+	status := C.phd_decode(ptr, s.batch.fill(entries), C.size_t(len(entries)), &s.err)
+	return s.end(ctx, watched, entries, status)
 }
 
 // A batch is entries as C reads them, with their tokens, in C's memory: Go's must not point to Go's, and copying a few

@@ -1,18 +1,6 @@
 package phd
 
 // #include "shim.h"
-// #cgo noescape phd_speculator_params_init
-// #cgo nocallback phd_speculator_params_init
-// #cgo noescape phd_speculator_create
-// #cgo noescape phd_speculator_free
-// #cgo nocallback phd_speculator_free
-// #cgo noescape phd_speculator_draft
-// #cgo noescape phd_speculator_accept
-// #cgo noescape phd_speculator_step
-// #cgo noescape phd_speculator_forget
-// #cgo nocallback phd_speculator_forget
-// #cgo noescape phd_speculator_stats
-// #cgo nocallback phd_speculator_stats
 import "C"
 
 import (
@@ -214,16 +202,16 @@ func (s *Speculator) Step(ctx context.Context, q *Sequence, token Token, sampler
 		return nil, err
 	}
 	defer sampler.leave()
-	session, err := q.session.begin(ctx, q)
+	session := q.session
+	sessionPtr, err := session.begin(ctx, q)
 	if err != nil {
 		return nil, err
 	}
 	tokens := make([]Token, s.nDraft+1)
 	to, capacity := cTokens(tokens)
 	var n C.size_t
-	var e *C.phd_error
-	status := C.phd_speculator_step(ptr, session, q.id, C.int32_t(token), samplerPtr, to, capacity, &n, &e)
-	if err := q.session.end(ctx, q, nil, status, e); err != nil {
+	status := C.phd_speculator_step(ptr, sessionPtr, q.id, C.int32_t(token), samplerPtr, to, capacity, &n, &session.err)
+	if err := session.end(ctx, q, nil, status); err != nil {
 		return nil, err
 	}
 	return tokens[:n], nil

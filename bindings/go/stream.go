@@ -1,20 +1,6 @@
 package phd
 
 // #include "shim.h"
-// #cgo noescape phd_stream_create
-// #cgo nocallback phd_stream_create
-// #cgo noescape phd_stream_add_stop
-// #cgo nocallback phd_stream_add_stop
-// #cgo noescape phd_stream_set_special
-// #cgo nocallback phd_stream_set_special
-// #cgo noescape phd_stream_push
-// #cgo nocallback phd_stream_push
-// #cgo noescape phd_stream_stop
-// #cgo nocallback phd_stream_stop
-// #cgo noescape phd_stream_finish
-// #cgo nocallback phd_stream_finish
-// #cgo noescape phd_stream_free
-// #cgo nocallback phd_stream_free
 import "C"
 
 import (
@@ -108,22 +94,18 @@ func (s *Stream) SetSpecial(special bool) error {
 	return check(C.phd_stream_set_special(ptr, C.bool(special), &e), e)
 }
 
-// text calls C with the stream's buffer, which grows to what C asks for.
-func (s *Stream) text(call func(text *C.char, capacity C.size_t, n *C.size_t, e **C.phd_error) cStatus) (string, error) {
-	for {
-		to, capacity := cChars(s.buffer)
-		var n C.size_t
-		var e *C.phd_error
-		status := call(to, capacity, &n, &e)
-		if status == C.PHD_OK {
-			return string(s.buffer[:n]), nil
-		}
-		err := newError(status, e)
-		if status != C.PHD_ERROR_BUFFER_TOO_SMALL || n <= capacity {
-			return "", err
-		}
-		s.buffer = make([]byte, n)
+// text is what C has put into the buffer, unless it failed.
+func (s *Stream) text(status cStatus, n C.size_t, e *C.phd_error) (string, error) {
+	if err := check(status, e); err != nil {
+		return "", err
 	}
+	return string(s.buffer[:n]), nil
+}
+
+// grow makes the buffer what C asked for, in an error that is none.
+func (s *Stream) grow(n C.size_t, e *C.phd_error) {
+	C.phd_error_free(e)
+	s.buffer = make([]byte, n)
 }
 
 // Push passes one token and returns the text that it completes: whole characters, or none. After a stop string there is
@@ -134,9 +116,16 @@ func (s *Stream) Push(t Token) (string, error) {
 		return "", err
 	}
 	defer s.leave()
-	return s.text(func(text *C.char, capacity C.size_t, n *C.size_t, e **C.phd_error) cStatus {
-		return C.phd_stream_push(ptr, C.int32_t(t), text, capacity, n, e)
-	})
+	for {
+		to, capacity := cChars(s.buffer)
+		var n C.size_t
+		var e *C.phd_error
+		status := C.phd_stream_push(ptr, C.int32_t(t), to, capacity, &n, &e)
+		if status != C.PHD_ERROR_BUFFER_TOO_SMALL {
+			return s.text(status, n, e)
+		}
+		s.grow(n, e)
+	}
 }
 
 // Finish ends the text: an incomplete character becomes U+FFFD, and what was held back for a stop string is returned.
@@ -147,9 +136,16 @@ func (s *Stream) Finish() (string, error) {
 		return "", err
 	}
 	defer s.leave()
-	return s.text(func(text *C.char, capacity C.size_t, n *C.size_t, e **C.phd_error) cStatus {
-		return C.phd_stream_finish(ptr, text, capacity, n, e)
-	})
+	for {
+		to, capacity := cChars(s.buffer)
+		var n C.size_t
+		var e *C.phd_error
+		status := C.phd_stream_finish(ptr, to, capacity, &n, &e)
+		if status != C.PHD_ERROR_BUFFER_TOO_SMALL {
+			return s.text(status, n, e)
+		}
+		s.grow(n, e)
+	}
 }
 
 // Stopped returns which stop string ended the text, counted in the order in which they were added, or -1, and the bytes

@@ -1,10 +1,6 @@
 package phd
 
 // #include "shim.h"
-// #cgo noescape phd_version
-// #cgo nocallback phd_version
-// #cgo noescape phd_abi_version
-// #cgo nocallback phd_abi_version
 import "C"
 
 // Version returns the library's version, such as "0.1.0".
