@@ -331,9 +331,7 @@ func (e *Engine) Embed(ctx context.Context, tokens []phd.Token, pooling phd.Pool
 		if err := e.vacate(s); err != nil {
 			return err
 		}
-		if err := e.makeRoom(len(tokens)); err != nil {
-			return err
-		}
+		e.makeRoom(len(tokens)) // if that is not enough, Embed says so
 		start := time.Now()
 		var err error
 		embedding, err = s.seq.Embed(ctx, tokens, pooling, normalize)

@@ -159,7 +159,7 @@ func (e *Engine) runTasks() {
 		}
 		switch {
 		case s != nil && s.gen == nil:
-			t.done <- t.run(s)
+			e.runTask(t, s)
 			s.used = e.tick()
 		case draining:
 			t.done <- ErrDraining
@@ -170,6 +170,13 @@ func (e *Engine) runTasks() {
 	e.mu.Lock()
 	e.tasks = append(waiting, e.tasks...)
 	e.mu.Unlock()
+}
+
+// runTask runs one task. Whoever waits for it gets an answer whatever happens.
+func (e *Engine) runTask(t *task, s *slot) {
+	err := errors.New("internal error")
+	defer func() { t.done <- err }()
+	err = t.run(s)
 }
 
 // leastUsed is the idle slot that was used last before all others, empty ones first; nil if none is idle.
@@ -191,32 +198,38 @@ func (e *Engine) vacate(s *slot) error {
 	return s.seq.Retain()
 }
 
-// makeRoom gives up texts of idle slots, as far as need be, so that n positions are free; an error if that is not enough.
-func (e *Engine) makeRoom(n int) error {
+// makeRoom gives up texts of idle slots, as far as need be, so that n positions are free beside those that running generations
+// are going to take for what they have to evaluate, and a block for each to grow; false if that is not enough.
+func (e *Engine) makeRoom(n int) bool {
 	for {
 		usage := e.session.Usage()
-		// A text begins in a block of its own, and may share one that it has to copy.
-		free := usage.Free + usage.Retained
-		if uint64(n)+2*usage.Block <= free {
-			return nil
+		needed := uint64(n) + 2*usage.Block // a text begins in a block of its own, and may have to copy one that it shares
+		for _, g := range e.running() {
+			needed += uint64(len(g.tokens)-g.done) + usage.Block
 		}
-		var victim *slot
-		for _, s := range e.slots {
-			if s.gen == nil && s.seq.Len() > 0 && (victim == nil || s.used < victim.used) {
-				victim = s
-			}
+		if needed <= usage.Free+usage.Retained {
+			return true
 		}
+		victim := e.idleText()
 		if victim == nil {
-			if uint64(n) <= free {
-				return nil
-			}
-			return fmt.Errorf("%w: %d positions are needed, %d are free", phd.ErrCacheFull, n, free)
+			return false
 		}
 		if err := victim.seq.Retain(); err != nil {
-			return err
+			return false
 		}
 		victim.used = 0
 	}
+}
+
+// idleText is the least recently used of the idle slots that have a text; nil if none has.
+func (e *Engine) idleText() *slot {
+	var oldest *slot
+	for _, s := range e.slots {
+		if s.gen == nil && s.seq.Len() > 0 && (oldest == nil || s.used < oldest.used) {
+			oldest = s
+		}
+	}
+	return oldest
 }
 
 // admit gives slots to those who wait, in their order; one that waits for a slot of its own or for a prefix lets others pass.
@@ -262,7 +275,7 @@ func (e *Engine) place(g *Generation) (outcome, error) {
 			return waits, nil
 		}
 	}
-	cached := 0
+	cached, free := 0, 0 // of the prefix: what is cached, and what of that takes no room as somebody who runs has it, too
 	if g.params.CachePrompt || g.admitted {
 		n, seq, err := e.session.MatchPrefix(known)
 		if err != nil {
@@ -274,7 +287,9 @@ func (e *Engine) place(g *Generation) (outcome, error) {
 				return waits, nil
 			}
 		}
-		if s == nil && seq != nil && e.slots[seq.ID()].gen == nil {
+		if seq != nil && e.slots[seq.ID()].gen != nil {
+			free = cached
+		} else if seq != nil && s == nil {
 			s = e.slots[seq.ID()]
 		}
 	}
@@ -284,7 +299,7 @@ func (e *Engine) place(g *Generation) (outcome, error) {
 	if err := e.vacate(s); err != nil {
 		return waits, err
 	}
-	if err := e.makeRoom(len(g.tokens) - cached); err != nil && len(e.running()) > 0 {
+	if !e.makeRoom(len(g.tokens)-free) && len(e.running()) > 0 {
 		return noRoom, nil
 	}
 	done := 0
@@ -490,13 +505,7 @@ func (g *Generation) sample() (event Event, reason StopReason, ends bool, err er
 // reclaim makes room after a batch that found none: an idle slot's text first; then the youngest generation gives way and
 // waits, its text kept as long as there is room for it; one that is alone has filled the cache and ends.
 func (e *Engine) reclaim(gens []*Generation) {
-	var idle *slot
-	for _, s := range e.slots {
-		if s.gen == nil && s.seq.Len() > 0 && (idle == nil || s.used < idle.used) {
-			idle = s
-		}
-	}
-	if idle != nil {
+	if idle := e.idleText(); idle != nil {
 		if err := idle.seq.Retain(); err != nil {
 			e.reset(err)
 		}
