@@ -1,0 +1,162 @@
+"""A pytest plugin that runs llama.cpp's server tests, as they are, on another model and another server.
+
+The tests were written for models that llama.cpp's CI downloads, most of them for one of 260 thousand parameters. This plugin
+
+* starts every server on the one model file that PHD_SUITE_MODEL names, and downloads nothing;
+* skips the cases that cannot run on that model (llama_suite_adapt.CANNOT_RUN says which and why);
+* replaces the story model's words and token counts by those of SmolLM2 (llama_suite_adapt.ADAPTED).
+
+llama_suite.py runs it and compares the outcomes with what is expected.
+"""
+
+import ast
+import json
+import os
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from _pytest.assertion import rewrite
+
+import llama_suite_adapt as adapt
+
+# Assertions compiled with adapted constants must not be cached beside the tests, where another table would find them.
+sys.dont_write_bytecode = True
+
+_text_is_free = False  # whether the case that runs accepts any text where the story model's words are expected
+
+
+def case_id(nodeid: str) -> str:
+    """The part of a node id that names the case, whatever the working directory: test_x.py::test_y[z]."""
+    return nodeid.removeprefix("unit/")
+
+
+def function_id(case: str) -> str:
+    return case.split("[", 1)[0]
+
+
+# ---- The model and the server ------------------------------------------------------------------------------------
+
+
+def pytest_configure(config):
+    utils = sys.modules["utils"]  # the suite's conftest.py has imported it; the tests, which copy its names, come later
+    model = os.environ["PHD_SUITE_MODEL"]
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
+    port = int(os.environ["PHD_SUITE_PORT"]) + worker
+    threads = max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
+    start = utils.ServerProcess.start
+
+    def start_on_model(self, *args, **kwargs):
+        self.server_port = port
+        self.offline = False
+        if self.model_hf_repo:
+            self.model_file, self.model_hf_repo, self.model_hf_file = model, None, None
+        if self.n_threads is None:
+            self.n_threads = threads
+        return start(self, *args, **kwargs)
+
+    match_regex = utils.match_regex
+
+    def match_text(regex: str, text: str) -> bool:
+        return len(text) > 0 if _text_is_free else match_regex(regex, text)
+
+    utils.ServerProcess.start = start_on_model
+    utils.ServerPreset.load_all = staticmethod(lambda: None)  # it would download every model
+    utils.download_file = lambda url, output_file_path=None: model
+    utils.match_regex = match_text
+
+
+# ---- Adapted cases -------------------------------------------------------------------------------------------------
+
+
+class _Constants(ast.NodeTransformer):
+    """Replaces constants within the body of one function and remembers which ones it found."""
+
+    def __init__(self, table: dict):
+        self.table = table
+        self.found = set()
+
+    def visit_Constant(self, node):
+        for old, new in self.table.items():
+            if type(node.value) is type(old) and node.value == old:
+                self.found.add(old)
+                return ast.copy_location(ast.Constant(new), node)
+        return node
+
+
+def adapt_module(tree: ast.Module, file: str) -> None:
+    for function in tree.body:
+        if not isinstance(function, ast.FunctionDef):
+            continue
+        adapted = adapt.ADAPTED.get(f"{file}::{function.name}")
+        if adapted is None or not adapted.constants:
+            continue
+        constants = _Constants(adapted.constants)
+        function.body = [constants.visit(statement) for statement in function.body]
+        missing = adapted.constants.keys() - constants.found
+        if missing:
+            raise ValueError(f"{file}::{function.name} has no constant {sorted(missing)}: the table does not fit the suite")
+
+
+_rewrite_asserts = rewrite.rewrite_asserts
+
+
+def _adapt_and_rewrite(tree, source, module_path=None, config=None):
+    adapt_module(tree, Path(module_path or "").name)
+    _rewrite_asserts(tree, source, module_path, config)
+
+
+rewrite.rewrite_asserts = _adapt_and_rewrite
+
+
+def pytest_collection_modifyitems(items):
+    known = Counter()
+    for item in items:
+        case = case_id(item.nodeid)
+        known.update([case, function_id(case)])
+        reason = adapt.cannot_run(case)
+        if reason is None and item.get_closest_marker("slow"):
+            reason = adapt.SLOW
+        if reason is not None:
+            item.add_marker(pytest.mark.skip(reason=reason))
+            continue
+        adapted = adapt.ADAPTED.get(case) or adapt.ADAPTED.get(function_id(case))
+        if adapted is not None and adapted.params:
+            unknown = adapted.params.keys() - item.callspec.params.keys()
+            if unknown:
+                raise ValueError(f"{case} has no parameter {sorted(unknown)}: the table does not fit the suite")
+            item.callspec.params.update(adapted.params)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    global _text_is_free
+    case = case_id(item.nodeid)
+    adapted = adapt.ADAPTED.get(case) or adapt.ADAPTED.get(function_id(case))
+    _text_is_free = adapted is not None and adapted.any_text
+
+
+# ---- Outcomes --------------------------------------------------------------------------------------------------------
+
+
+def pytest_runtest_logreport(report):
+    """Runs in the controlling process: one outcome a case, the first that is not a pass."""
+    outcomes = _reports
+    case = case_id(report.nodeid)
+    if report.skipped:
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        outcomes[case] = "cannot run: " + reason.removeprefix("Skipped: ")
+    elif report.failed:
+        message = getattr(getattr(report.longrepr, "reprcrash", None), "message", str(report.longrepr))
+        outcomes.setdefault(case, "fail: " + message.splitlines()[0][:200])
+    elif report.when == "call":
+        outcomes.setdefault(case, "pass")
+
+
+_reports: dict = {}
+
+
+def pytest_sessionfinish(session):
+    if not hasattr(session.config, "workerinput"):
+        Path(os.environ["PHD_SUITE_OUTCOMES"]).write_text(json.dumps(_reports, indent=0, sort_keys=True))
