@@ -64,9 +64,26 @@ func newSamplerOf(t testing.TB, m *Model, o *SamplerOptions) *Sampler {
 	return s
 }
 
+func newGreedySampler(t testing.TB, m *Model) *Sampler {
+	t.Helper()
+	s, err := m.NewEmptySampler(0)
+	must(t, err)
+	t.Cleanup(func() { must(t, s.Close()) })
+	must(t, s.AddStage(StageGreedy, nil))
+	return s
+}
+
 func newStream(t testing.TB, m *Model) *Stream {
 	t.Helper()
 	s, err := m.NewStream()
+	must(t, err)
+	t.Cleanup(func() { must(t, s.Close()) })
+	return s
+}
+
+func newSpeculator(t testing.TB, m *Model, o *SpeculatorOptions) *Speculator {
+	t.Helper()
+	s, err := m.NewSpeculator(nil, nil, o)
 	must(t, err)
 	t.Cleanup(func() { must(t, s.Close()) })
 	return s
@@ -147,6 +164,15 @@ func argmax(logits []float32) Token {
 		}
 	}
 	return Token(best)
+}
+
+// spawn is group.Go, which Go 1.24 does not have.
+func spawn(group *sync.WaitGroup, f func()) {
+	group.Add(1)
+	go func() {
+		defer group.Done()
+		f()
+	}()
 }
 
 // spinUntil waits for what another goroutine is about to do.

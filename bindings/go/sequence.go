@@ -34,7 +34,7 @@ func (q *Sequence) Prefill(ctx context.Context, tokens []Token) error {
 		return err
 	}
 	from, count := cTokens(tokens)
-	status := C.phd_prefill(ptr, q.id, from, count, &s.err)
+	status := C.phd_prefill(ptr, q.id, from, count, s.err)
 	return s.end(ctx, q, nil, status)
 }
 
@@ -45,7 +45,7 @@ func (q *Sequence) Step(ctx context.Context, token Token) error {
 	if err != nil {
 		return err
 	}
-	status := C.phd_step(ptr, q.id, C.int32_t(token), &s.err)
+	status := C.phd_step(ptr, q.id, C.int32_t(token), s.err)
 	return s.end(ctx, q, nil, status)
 }
 
@@ -61,7 +61,7 @@ func (q *Sequence) Score(ctx context.Context, tokens []Token) ([]float32, error)
 	from, count := cTokens(tokens)
 	to, capacity := cFloats(scores)
 	var n C.size_t
-	status := C.phd_score(ptr, q.id, from, count, to, capacity, &n, &s.err)
+	status := C.phd_score(ptr, q.id, from, count, to, capacity, &n, s.err)
 	if err := s.end(ctx, q, nil, status); err != nil {
 		return nil, err
 	}
@@ -90,7 +90,7 @@ func (q *Sequence) Embed(ctx context.Context, tokens []Token, p Pooling, normali
 	from, count := cTokens(tokens)
 	to, capacity := cFloats(embedding)
 	var n C.size_t
-	status := C.phd_embed(ptr, q.id, from, count, C.uint32_t(p), C.bool(normalize), to, capacity, &n, &s.err)
+	status := C.phd_embed(ptr, q.id, from, count, C.uint32_t(p), C.bool(normalize), to, capacity, &n, s.err)
 	if err := s.end(ctx, q, nil, status); err != nil {
 		return nil, err
 	}
@@ -204,7 +204,7 @@ func (q *Sequence) change(call func(ptr *C.phd_session, e **C.phd_error) cStatus
 	if err != nil {
 		return err
 	}
-	return s.end(ctx, q, nil, call(ptr, &s.err))
+	return s.end(ctx, q, nil, call(ptr, s.err))
 }
 
 // Truncate shortens the sequence to n positions; 0 empties it. Unless that changes nothing, its logits are gone.

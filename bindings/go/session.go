@@ -106,8 +106,8 @@ type Session struct {
 	stop    func() bool   // of context.AfterFunc; nil: the context has no end
 	fired   chan struct{} // gets a value when onDone has run
 	onDone  func()
-	err     *C.phd_error // where C puts its error: not on the stack, which a progress function can make move
-	batch   *batch       // what Decode passes to C
+	err     **C.phd_error // where C puts its error: not on the stack, which a progress function can make move
+	batch   *batch        // what Decode passes to C
 
 	progress progress
 	handle   cgo.Handle // of a weak pointer to this; 0: no progress function
@@ -151,6 +151,7 @@ func (m *Model) NewSession(o *SessionOptions) (*Session, error) {
 		model: m,
 		turn:  make(chan struct{}, 1),
 		fired: make(chan struct{}, 1),
+		err:   new(*C.phd_error),
 		batch: new(batch),
 	}
 	s.onDone = func() {
@@ -251,7 +252,7 @@ func (s *Session) begin(ctx context.Context, q *Sequence) (*C.phd_session, error
 }
 
 // end ends what begin began: it settles what has become of requests to cancel, lets the next call in, and makes an error
-// of what C returned and put into s.err. The call was on q and the sequences of entries.
+// of what C returned and put into *s.err. The call was on q and the sequences of entries.
 func (s *Session) end(ctx context.Context, q *Sequence, entries []Entry, status cStatus) error {
 	isLate := false
 	if s.stop != nil {
@@ -272,8 +273,8 @@ func (s *Session) end(ctx context.Context, q *Sequence, entries []Entry, status 
 			entries[i].Sequence.settleCancelled()
 		}
 	}
-	e, panicked := s.err, s.progress.panicked
-	s.err, s.progress.panicked = nil, nil
+	e, panicked := *s.err, s.progress.panicked
+	*s.err, s.progress.panicked = nil, nil
 	s.rows.Unlock()
 	<-s.turn
 	s.gate.leave()
@@ -329,7 +330,7 @@ func (s *Session) Decode(ctx context.Context, entries []Entry) error {
 	if err != nil {
 		return err
 	}
-	status := C.phd_decode(ptr, s.batch.fill(entries), C.size_t(len(entries)), &s.err)
+	status := C.phd_decode(ptr, s.batch.fill(entries), C.size_t(len(entries)), s.err)
 	return s.end(ctx, watched, entries, status)
 }
 

@@ -210,7 +210,7 @@ func (s *Speculator) Step(ctx context.Context, q *Sequence, token Token, sampler
 	tokens := make([]Token, s.nDraft+1)
 	to, capacity := cTokens(tokens)
 	var n C.size_t
-	status := C.phd_speculator_step(ptr, sessionPtr, q.id, C.int32_t(token), samplerPtr, to, capacity, &n, &session.err)
+	status := C.phd_speculator_step(ptr, sessionPtr, q.id, C.int32_t(token), samplerPtr, to, capacity, &n, session.err)
 	if err := session.end(ctx, q, nil, status); err != nil {
 		return nil, err
 	}
