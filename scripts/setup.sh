@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Installs what the build and the tests need on Debian: a C and C++ compiler with sanitizers, CMake and libclang for ggml, nm,
-# Valgrind, pip (the tests' real model comes from PyPI).
+# Installs what the build and the tests need on Debian: C and C++ compilers with sanitizers, CMake and libclang for ggml, nm,
+# Valgrind, doctest, pip (the tests' real model comes from PyPI); and what `make install` needs: patchelf.
 set -euo pipefail
 
 missing=()
@@ -9,6 +9,10 @@ command -v cmake >/dev/null || missing+=(cmake)
 # Not libclang-cpp, which other packages bring along: bindgen loads the C library.
 compgen -G "/usr/lib/llvm-*/lib/libclang*[0-9].so*" >/dev/null || compgen -G "/usr/lib/llvm-*/lib/libclang.so*" >/dev/null || missing+=(libclang-dev clang)
 python3 -m pip --version >/dev/null 2>&1 || missing+=(python3-pip)
+command -v clang++ >/dev/null || missing+=(clang)
+command -v pkg-config >/dev/null || missing+=(pkg-config)
+command -v patchelf >/dev/null || missing+=(patchelf)
+[ -f /usr/include/doctest/doctest.h ] || missing+=(doctest-dev)
 command -v valgrind >/dev/null || missing+=(valgrind)
 # Valgrind cannot start without the loader's symbols.
 dpkg -s libc6-dbg >/dev/null 2>&1 || missing+=(libc6-dbg)
