@@ -27,6 +27,7 @@ type answer struct {
 	probs  []tokenProbs
 	clock  clock
 	echoed bool
+	offset int // characters of the tokens that were streamed
 }
 
 // A completion is a request for one or several texts.
@@ -48,9 +49,12 @@ type usage struct {
 	prompt, cached, completion int
 }
 
-func (u *usage) add(r *engine.Result) {
-	u.prompt += r.NPrompt
-	u.cached += r.NCached
+// add counts one answer; of several to the same prompt only the first counts that.
+func (u *usage) add(r *engine.Result, countsPrompt bool) {
+	if countsPrompt {
+		u.prompt += r.NPrompt
+		u.cached += r.NCached
+	}
 	u.completion += r.NDecoded
 }
 
@@ -160,7 +164,7 @@ func (c *completion) serve(w http.ResponseWriter, r *http.Request) error {
 		end: func(i int, result engine.Result) error {
 			a := c.answers[i]
 			a.text.WriteString(result.Tail)
-			c.usage.add(&result)
+			c.usage.add(&result, i%c.set.choices == 0)
 			if c.openAI {
 				results[i] = c.openAIFinal(a, &result, a.text.String())
 			} else {
@@ -215,7 +219,7 @@ func (c *completion) stream(ctx context.Context, w http.ResponseWriter) error {
 		end: func(i int, result engine.Result) error {
 			a := c.answers[i]
 			ended++
-			c.usage.add(&result)
+			c.usage.add(&result, i%c.set.choices == 0)
 			if result.Tail != "" {
 				event := engine.Event{Text: result.Tail}
 				partial := c.partial(a, nil, result.Tail)
@@ -336,7 +340,7 @@ func (c *completion) openAIFinal(a *answer, result *engine.Result, text string) 
 	}
 	var logprobs any
 	if !c.set.stream && c.set.logprobs >= 0 {
-		logprobs = legacyLogprobs(a.probs)
+		logprobs = legacyLogprobs(a.probs, 0)
 	}
 	text = c.echoed(a) + text
 	m := c.openAIFields(a, text, logprobs, finish)
@@ -350,7 +354,9 @@ func (c *completion) openAIFinal(a *answer, result *engine.Result, text string) 
 func (c *completion) openAIPartial(a *answer, event *engine.Event, text string) map[string]any {
 	var logprobs any
 	if c.set.logprobs >= 0 && event.Progress == nil {
-		logprobs = legacyLogprobs([]tokenProbs{c.l.tokenProbs(event)})
+		probs := c.l.tokenProbs(event)
+		logprobs = legacyLogprobs([]tokenProbs{probs}, a.offset)
+		a.offset += utf8.RuneCountInString(probs.Token)
 	}
 	m := c.openAIFields(a, text, logprobs, nil)
 	if event.Progress != nil {
@@ -439,13 +445,13 @@ func (l *loaded) tokenProb(token phd.Token, logprob float32) tokenProb {
 	return tokenProb{ID: token, Token: strings.ToValidUTF8(string(piece), "\uFFFD"), Bytes: bytes, Logprob: max(logprob, lowest)}
 }
 
-// legacyLogprobs are log-probabilities as OpenAI's completions have them, and as llama-server's have them.
-func legacyLogprobs(probs []tokenProbs) map[string]any {
+// legacyLogprobs are log-probabilities as OpenAI's completions have them, and as llama-server's have them, of tokens that
+// stand offset characters after the beginning.
+func legacyLogprobs(probs []tokenProbs, offset int) map[string]any {
 	tokens := make([]string, len(probs))
 	logprobs := make([]float32, len(probs))
 	top := make([]map[string]float32, len(probs))
 	offsets := make([]int, len(probs))
-	offset := 0
 	for i, p := range probs {
 		tokens[i], logprobs[i], offsets[i] = p.Token, p.Logprob, offset
 		offset += utf8.RuneCountInString(p.Token)

@@ -49,7 +49,7 @@ func (s *Server) Run(ctx context.Context) error {
 	for _, listener := range listeners {
 		s.log.Info("listening", "address", s.address(listener))
 		go func() {
-			if server.TLSConfig != nil {
+			if s.opts.TLSCert != "" {
 				failed <- server.ServeTLS(listener, "", "")
 			} else {
 				failed <- server.Serve(listener)
