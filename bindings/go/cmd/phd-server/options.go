@@ -298,6 +298,7 @@ func (c *config) register() {
 	c.seconds(&o.Timeout, "timeout", "`seconds` that a request may take; 0: no bound (default 3600)")
 	c.alias("timeout", "-to")
 	c.env("timeout", "LLAMA_ARG_TIMEOUT")
+	c.seconds(&o.ReadTimeout, "read-timeout", "`seconds` that a client may take to send a request; 0: no bound (default 60)")
 	c.seconds(&o.WriteTimeout, "write-timeout", "`seconds` that a client may take to read what is written; 0: no bound (default 30)")
 	c.seconds(&o.DrainTimeout, "drain-timeout", "`seconds` that requests may go on when the server is told to stop (default 30)")
 

@@ -3,19 +3,18 @@ package server
 import (
 	"bytes"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"math"
 	"net/http"
+	"os"
 	"strings"
 	"time"
 )
 
 // maxDepth is how deeply arrays and objects of a request may be nested. Schemas and tool calls stay far below it.
 const maxDepth = 100
-
-// bodyTimeout is how long a client may take to send a request's body.
-const bodyTimeout = time.Minute
 
 // A body is a JSON object that is read field by field. The methods leave what they are to write to as it is when a field is
 // missing or null; the first field that is not what it should be is remembered, with what was found and what was expected.
@@ -37,17 +36,23 @@ func (s *Server) readBody(w http.ResponseWriter, r *http.Request) (*body, error)
 // readAll reads a request's body, within the limits of size and time.
 func (s *Server) readAll(w http.ResponseWriter, r *http.Request) ([]byte, error) {
 	// Only while the body is read: the connection's deadline would otherwise end the request itself.
-	deadline := http.NewResponseController(w)
-	deadline.SetReadDeadline(time.Now().Add(bodyTimeout)) //nolint:errcheck // not all connections have one
-	defer deadline.SetReadDeadline(time.Time{})           //nolint:errcheck
-	data, err := io.ReadAll(http.MaxBytesReader(w, r.Body, s.opts.MaxBody))
-	if err != nil {
-		if _, ok := err.(*http.MaxBytesError); ok {
-			return nil, err
-		}
-		return nil, badRequest("the request could not be read: %v", err)
+	if s.opts.ReadTimeout > 0 {
+		deadline := http.NewResponseController(w)
+		deadline.SetReadDeadline(time.Now().Add(s.opts.ReadTimeout)) //nolint:errcheck // not all connections have one
+		defer deadline.SetReadDeadline(time.Time{})                  //nolint:errcheck
 	}
-	return data, nil
+	data, err := io.ReadAll(http.MaxBytesReader(w, r.Body, s.opts.MaxBody))
+	var tooLarge *http.MaxBytesError
+	switch {
+	case err == nil:
+		return data, nil
+	case errors.As(err, &tooLarge):
+		return nil, err
+	case errors.Is(err, os.ErrDeadlineExceeded):
+		return nil, &apiError{status: http.StatusRequestTimeout, kind: typeTimeout,
+			message: fmt.Sprintf("the request did not come within %v", s.opts.ReadTimeout)}
+	}
+	return nil, badRequest("the request could not be read: %v", err)
 }
 
 func parseBody(data []byte) (*body, error) {

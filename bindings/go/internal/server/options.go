@@ -60,6 +60,7 @@ type Options struct {
 	MaxBody         int64
 	MaxConnections  int           // 0: no bound
 	Timeout         time.Duration // of a whole request; 0: none
+	ReadTimeout     time.Duration // how long a client may take to send a request's body; 0: for ever
 	WriteTimeout    time.Duration // how long a client may take to read what is written; 0: for ever
 	DrainTimeout    time.Duration // how long requests may go on when the server is told to stop
 	Logger          *slog.Logger  // nil: none
@@ -96,6 +97,7 @@ func DefaultOptions() Options {
 		},
 		MaxBody:      8 << 20,
 		Timeout:      time.Hour,
+		ReadTimeout:  time.Minute,
 		WriteTimeout: 30 * time.Second,
 		DrainTimeout: 30 * time.Second,
 	}
@@ -126,7 +128,7 @@ func (o *Options) Validate() error {
 		return fmt.Errorf("--max-request-size is %d, expected at least 1 byte", o.MaxBody)
 	case o.MaxConnections < 0:
 		return fmt.Errorf("--max-connections is %d, expected at least 1, or 0 for no bound", o.MaxConnections)
-	case o.Timeout < 0 || o.WriteTimeout < 0 || o.DrainTimeout < 0:
+	case o.Timeout < 0 || o.ReadTimeout < 0 || o.WriteTimeout < 0 || o.DrainTimeout < 0:
 		return fmt.Errorf("a timeout is negative")
 	case (o.TLSCert == "") != (o.TLSKey == ""):
 		return fmt.Errorf("--ssl-cert-file and --ssl-key-file must be given together")

@@ -502,6 +502,25 @@ func TestRequestsThatAreNone(t *testing.T) {
 	}
 }
 
+func TestSlowSender(t *testing.T) {
+	ts := open(t, func(o *Options) { o.ReadTimeout = 20 * time.Millisecond })
+	reader, writer := io.Pipe()
+	defer writer.Close()
+	go io.WriteString(writer, `{"prompt": "`) //nolint:errcheck // and no more than that
+	request, err := http.NewRequest("POST", ts.url+"/completion", reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	response, err := ts.client.Do(request)
+	if err != nil {
+		t.Fatal(err)
+	}
+	response.Body.Close()
+	if response.StatusCode != http.StatusRequestTimeout {
+		t.Errorf("status %d", response.StatusCode)
+	}
+}
+
 func TestOptions(t *testing.T) {
 	valid := func() Options {
 		o := DefaultOptions()
