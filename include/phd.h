@@ -4,7 +4,8 @@
  *
  * Conventions: every fallible function returns a phd_status and takes a last argument `phd_error **error`, which may be
  * null; a failed call changes nothing. Inputs come first, outputs last; outputs are written only on success (but for the
- * size that a too small buffer would need). Text is UTF-8 by length. A model may be shared by any number of threads.
+ * size that a too small buffer would need). Text is UTF-8 by length. A model may be shared by any number of threads. What the
+ * arguments of a call point to must not change while it runs.
  */
 
 #ifndef PHD_H
@@ -922,7 +923,8 @@ enum phd_status phd_sampler_add_dry_breaker_text(struct phd_sampler *sampler,
 
 /*
  Lets only JSON pass that is valid by a JSON schema, `len` bytes of UTF-8. Then only end tokens are left. The constraint
- comes before all stages, whenever it is called; a sampler has one at most. Schemas with keywords that are not
+ comes before all stages, whenever it is called, and begins with the next token that is accepted, also within a text: what was
+ accepted before is not part of it. A sampler has one at most: see phd_sampler_remove_constraint. Schemas with keywords that are not
  implemented are refused with `PHD_ERROR_UNSUPPORTED`.
  */
 enum phd_status phd_sampler_add_json_schema(struct phd_sampler *sampler,
@@ -948,6 +950,28 @@ enum phd_status phd_sampler_add_grammar(struct phd_sampler *sampler,
                                         const char *grammar,
                                         size_t len,
                                         struct phd_error **error);
+
+/*
+ Whether the constraint has ended: it allows only end tokens. False if it may go on, also where it may end, and without a
+ constraint. What comes after a constraint within a text begins with phd_sampler_remove_constraint.
+ */
+enum phd_status phd_sampler_constraint_done(struct phd_sampler *sampler,
+                                            bool *done,
+                                            struct phd_error **error);
+
+/*
+ Advances the constraint, and nothing else, by `len` bytes of UTF-8 that are part of the text already: what a token that has
+ been accepted says beyond the point where the constraint was to begin. Text that the constraint does not allow is refused.
+ */
+enum phd_status phd_sampler_constraint_accept(struct phd_sampler *sampler,
+                                              const char *text,
+                                              size_t len,
+                                              struct phd_error **error);
+
+/*
+ Takes the constraint away, if there is one. The text goes on freely, or under another constraint.
+ */
+enum phd_status phd_sampler_remove_constraint(struct phd_sampler *sampler, struct phd_error **error);
 
 /*
  Chooses a token from `n_vocab` logits, which are not changed. NaN counts as -infinity, which is never chosen. The choice

@@ -360,6 +360,59 @@ fn accept_refuses_what_does_not_fit_and_changes_nothing() {
     assert!(sampler.sample(&none).unwrap_err().to_string().contains("no finite element"));
 }
 
+/// As servers do with tool calls: free text, then a constraint, then free text again.
+#[test]
+fn a_constraint_begins_and_ends_within_a_text() {
+    let (model, environment) = smollm2();
+    let tokenizer = model.tokenizer().unwrap();
+    let t = |text: &str| token(tokenizer, text);
+    let params = SamplerParams { temperature: 0.0, repetition_penalty: 2.0, ..Default::default() };
+    let mut sampler = Sampler::new(params, tokenizer.n_vocab()).unwrap();
+    let mut logits = vec![0.0f32; tokenizer.n_vocab()];
+    (logits[t("c") as usize], logits[t("a") as usize]) = (9.0, 3.0);
+    let done = |s: &mut Sampler| s.constraint_mut().unwrap().is_done().unwrap();
+    for text in ["x", "y"] {
+        sampler.accept(t(text)).unwrap();
+    }
+    assert!(sampler.remove_constraint().is_none());
+    sampler.set_constraint(Constraint::regex(environment, "a{1,2}").unwrap()).unwrap();
+    assert!(!done(&mut sampler));
+    assert_eq!(sampler.sample(&logits).unwrap(), t("a"), "what came before is no part of it");
+    assert!(sampler.accept(t("x")).is_err());
+    sampler.accept(t("a")).unwrap();
+    assert!(!done(&mut sampler), "it may end and may go on");
+    sampler.accept(t("a")).unwrap();
+    assert!(done(&mut sampler));
+    assert!(tokenizer.is_end_of_generation(sampler.sample(&logits).unwrap()));
+    assert!(sampler.remove_constraint().is_some());
+    assert_eq!(sampler.sample(&logits).unwrap(), t("c"), "the text goes on");
+    sampler.accept(t("c")).unwrap();
+
+    // Another one, of which the text has a part already, which the penalties know.
+    sampler.set_constraint(Constraint::regex(environment, "(bé)*(漢字|x)").unwrap()).unwrap();
+    let constraint = sampler.constraint_mut().unwrap();
+    constraint.accept_text("").unwrap();
+    constraint.accept_text("bébé").unwrap();
+    let message = constraint.accept_text("bé漢x").unwrap_err().to_string();
+    assert!(message.contains("bé漢x"), "{message}");
+    constraint.accept_text("漢字").unwrap();
+    assert!(constraint.is_done().unwrap());
+    constraint.accept_text("").unwrap();
+    assert!(constraint.accept_text("x").is_err());
+    // Back to its own beginning, not that of the text.
+    sampler.reset();
+    assert!(!done(&mut sampler));
+    sampler.accept(t("x")).unwrap();
+    assert!(done(&mut sampler));
+
+    // Numbers of JSON end by a bound of this library's.
+    let mut integer = Constraint::json_schema(environment, r#"{"type": "integer"}"#).unwrap();
+    integer.accept_text(&"1".repeat(99)).unwrap();
+    assert!(!integer.is_done().unwrap());
+    integer.accept_text("1").unwrap();
+    assert!(integer.is_done().unwrap());
+}
+
 /// What is accepted and ignored hurts most: each of these is refused by its name.
 #[test]
 fn what_is_not_implemented_is_refused_by_name() {

@@ -146,7 +146,7 @@ fn golden_checkpoints_compute_the_same() {
             assert!(error.contains("qwen3_scale_seq") && !out.exists(), "{error}");
             continue;
         }
-        let source = load(&g.path, None, BackendKind::Cpu).desc();
+        let source = load(&g.path, None, BackendKind::Cpu).desc().clone();
         for dtype in [Some(DType::F32), None] {
             let summary = to_gguf(&g.path, &out, dtype);
             assert_eq!(summary.bytes as u64, std::fs::metadata(&out).unwrap().len());

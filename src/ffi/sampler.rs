@@ -306,7 +306,8 @@ unsafe fn constrain(
 }
 
 /// Lets only JSON pass that is valid by a JSON schema, `len` bytes of UTF-8. Then only end tokens are left. The constraint
-/// comes before all stages, whenever it is called; a sampler has one at most. Schemas with keywords that are not
+/// comes before all stages, whenever it is called, and begins with the next token that is accepted, also within a text: what was
+/// accepted before is not part of it. A sampler has one at most: see phd_sampler_remove_constraint. Schemas with keywords that are not
 /// implemented are refused with `PHD_ERROR_UNSUPPORTED`.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn phd_sampler_add_json_schema(
@@ -344,6 +345,53 @@ pub unsafe extern "C" fn phd_sampler_add_grammar(
 ) -> phd_status {
     // SAFETY: the C contract.
     guard(error, || unsafe { constrain(sampler, model, (grammar, len, "grammar"), Constraint::grammar) })
+}
+
+/// Whether the constraint has ended: it allows only end tokens. False if it may go on, also where it may end, and without a
+/// constraint. What comes after a constraint within a text begins with phd_sampler_remove_constraint.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn phd_sampler_constraint_done(
+    sampler: *mut phd_sampler,
+    done: *mut bool,
+    error: *mut *mut phd_error,
+) -> phd_status {
+    guard(error, || {
+        // SAFETY: the C contract.
+        let (sampler, done) = unsafe { (exclusive(sampler)?, output(done, "done")?) };
+        let is_done = sampler.constraint_mut().map(Constraint::is_done).transpose()?;
+        done.write(is_done.unwrap_or(false));
+        Ok(())
+    })
+}
+
+/// Advances the constraint, and nothing else, by `len` bytes of UTF-8 that are part of the text already: what a token that has
+/// been accepted says beyond the point where the constraint was to begin. Text that the constraint does not allow is refused.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn phd_sampler_constraint_accept(
+    sampler: *mut phd_sampler,
+    text: *const c_char,
+    len: usize,
+    error: *mut *mut phd_error,
+) -> phd_status {
+    guard(error, || {
+        // SAFETY: the C contract.
+        let (sampler, text) = unsafe { (exclusive(sampler)?, utf8(text, len, "text")?) };
+        let constraint = sampler.constraint_mut();
+        constraint.ok_or_else(|| invalid!("the sampler has no constraint, expected one"))?.accept_text(text)
+    })
+}
+
+/// Takes the constraint away, if there is one. The text goes on freely, or under another constraint.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn phd_sampler_remove_constraint(
+    sampler: *mut phd_sampler,
+    error: *mut *mut phd_error,
+) -> phd_status {
+    guard(error, || {
+        // SAFETY: the C contract.
+        unsafe { exclusive(sampler)? }.remove_constraint();
+        Ok(())
+    })
 }
 
 /// Chooses a token from `n_vocab` logits, which are not changed. NaN counts as -infinity, which is never chosen. The choice

@@ -180,6 +180,41 @@ impl Constraint {
         Ok(())
     }
 
+    /// Advances by text that is part of the output already, whatever its tokens are.
+    ///
+    /// # Errors
+    /// `InvalidArgument` if the grammar does not allow it, nothing being changed; `Unsupported` as above.
+    pub fn accept_text(&mut self, text: &str) -> Result<()> {
+        let refused = || invalid!("the constraint does not allow the text {:?} here", sentence(&text));
+        // Any tokens that spell the text will do: a grammar reads bytes.
+        let tokens = self.environment.factory.tok_env().tok_trie().greedy_tokenize(text.as_bytes());
+        if tokens.iter().map(|&token| self.environment.bytes(token).len()).sum::<usize>() != text.len() {
+            return Err(unsupported!("the vocabulary has no tokens that spell {:?}", sentence(&text)));
+        }
+        let mut advanced = self.clone();
+        for token in tokens {
+            advanced.accept(token).map_err(|e| if let Error::InvalidArgument(_) = e { refused() } else { e })?;
+        }
+        *self = advanced;
+        Ok(())
+    }
+
+    /// Whether the grammar has ended: only tokens that end a text are allowed. (One that may end and may go on has not.)
+    ///
+    /// # Errors
+    /// `Unsupported` as above.
+    pub fn is_done(&mut self) -> Result<bool> {
+        if self.matcher.is_stopped() && !self.matcher.is_error() {
+            return Ok(true);
+        }
+        if !self.matcher.is_accepting().map_err(|e| too_complex(&e))? {
+            return Ok(false);
+        }
+        let allowed = self.allowed()?;
+        let n_vocab = self.environment.factory.tok_env().tok_trie().vocab_size() as u32;
+        Ok((0..n_vocab).all(|token| !allowed(token) || self.environment.ends.contains(&token)))
+    }
+
     /// Back to the beginning.
     pub fn reset(&mut self) {
         self.matcher = self.start.clone();

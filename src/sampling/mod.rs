@@ -484,7 +484,7 @@ impl Sampler {
         Ok(())
     }
 
-    /// Sets the constraint, which comes before all stages.
+    /// Sets the constraint, which comes before all stages. It begins with the next token that is accepted, also within a text.
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] if there is one.
@@ -494,6 +494,15 @@ impl Sampler {
         }
         self.constraint = Some(Box::new(constraint));
         Ok(())
+    }
+
+    /// Takes the constraint away; the text goes on freely.
+    pub fn remove_constraint(&mut self) -> Option<Constraint> {
+        self.constraint.take().map(|constraint| *constraint)
+    }
+
+    pub fn constraint_mut(&mut self) -> Option<&mut Constraint> {
+        self.constraint.as_deref_mut()
     }
 
     pub fn n_vocab(&self) -> usize {

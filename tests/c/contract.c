@@ -884,6 +884,28 @@ static void samplers(const char *text_model) {
   INVALID("schema", phd_sampler_add_json_schema(sampler, model, NULL, 5, &error));
   INVALID("UTF-8", phd_sampler_add_grammar(sampler, model, "\xff", 1, &error));
   INVALID("regular", phd_sampler_add_regex(sampler, model, "(", 1, &error));
+
+  /* One that begins within a text, ends, and is taken away. */
+  bool done = true;
+  OK(phd_sampler_accept(sampler, 1, &error));
+  OK(phd_sampler_remove_constraint(sampler, &error));
+  OK(phd_sampler_constraint_done(sampler, &done, &error));
+  CHECK(!done);
+  INVALID("no constraint", phd_sampler_constraint_accept(sampler, "a", 1, &error));
+  OK(phd_sampler_add_regex(sampler, model, "ab", 2, &error));
+  INVALID("\"b\"", phd_sampler_constraint_accept(sampler, "b", 1, &error));
+  OK(phd_sampler_constraint_accept(sampler, "a", 1, &error));
+  OK(phd_sampler_constraint_done(sampler, &done, &error));
+  CHECK(!done);
+  OK(phd_sampler_constraint_accept(sampler, "b", 1, &error));
+  OK(phd_sampler_constraint_done(sampler, &done, &error));
+  CHECK(done);
+  INVALID("done is null", phd_sampler_constraint_done(sampler, NULL, &error));
+  INVALID("sampler", phd_sampler_constraint_done(NULL, &done, &error));
+  INVALID("UTF-8", phd_sampler_constraint_accept(sampler, "\xff", 1, &error));
+  INVALID("sampler", phd_sampler_remove_constraint(NULL, &error));
+  OK(phd_sampler_remove_constraint(sampler, &error));
+
   OK(phd_sampler_add_json_schema(sampler, model, schema, strlen(schema), &error));
   INVALID("constraint", phd_sampler_add_regex(sampler, model, "a", 1, &error));
   OK(phd_sampler_add_dry_breaker_text(sampler, model, "\n", 1, &error));
