@@ -156,6 +156,16 @@ struct Part {
     touched: bool,
 }
 
+/// An entry that has been checked.
+#[derive(Clone, Copy, Debug)]
+struct Asked {
+    seq: usize,
+    n: usize,
+    logits: Logits,
+    /// What goes for its positions.
+    dropped: Option<Middle>,
+}
+
 /// Where the logits of an entry's tokens lie: the first row, and how many.
 #[derive(Clone, Copy, Debug, Default)]
 struct EveryRows {
@@ -179,12 +189,12 @@ pub struct Session {
     parts: Vec<Part>,
     cancel: CancelHandle,
     progress: Option<Progress>,
-    /// Token ids of an entry, as the pool wants them.
+    /// Token ids of a call's entries, one after the other, as the pool wants them; room for as many as the pool has.
     tokens: Vec<u32>,
     /// (sequence): scratch.
     seen: Vec<bool>,
-    /// (entry): sequence, positions, and what is dropped for them.
-    wanted_room: Vec<(usize, usize, Option<Middle>)>,
+    /// (entry): what a batch asks for, read once.
+    asked: Vec<Asked>,
     stats: Arc<Stats>,
 }
 
@@ -237,9 +247,9 @@ impl Session {
             parts: Vec::with_capacity(layout.n_sequences),
             cancel: CancelHandle { flags: (0..layout.n_sequences).map(|_| AtomicBool::new(false)).collect() },
             progress: None,
-            tokens: Vec::with_capacity(layout.n_positions),
+            tokens: Vec::with_capacity(layout.n_blocks * layout.block),
             seen: vec![false; layout.n_sequences],
-            wanted_room: Vec::with_capacity(layout.n_sequences),
+            asked: Vec::with_capacity(layout.n_sequences),
             options: SessionOptions { max_rows, ..options.clone() },
             stats: Arc::default(),
             model,
@@ -307,7 +317,7 @@ impl Session {
         self.decode_each(batch.len(), &mut |i| Ok(batch[i]))
     }
 
-    /// [`Session::decode`] of `n` entries that are read by index, twice each.
+    /// [`Session::decode`] of `n` entries that are read by index, each once.
     pub(crate) fn decode_each<'a>(
         &mut self,
         n: usize,
@@ -544,11 +554,10 @@ impl Session {
     /// The part of `tokens` that a sequence could hold, checked, into `self.tokens`.
     fn note_tokens(&mut self, tokens: &[i32]) -> Result<()> {
         let (n, n_vocab) = (tokens.len().min(self.pool.layout().n_positions), self.model.hyper.n_vocab);
-        check_tokens(&tokens[..n], n_vocab)
-            .map_err(|(i, t)| invalid!("token {i} is {t}, expected 0 to {}", n_vocab - 1))?;
         self.tokens.clear();
         self.tokens.extend(tokens[..n].iter().map(|&t| t as u32));
-        Ok(())
+        check_tokens(self.tokens.iter().map(|&t| t as i32), n_vocab)
+            .map_err(|(i, t)| invalid!("token {i} is {t}, expected 0 to {}", n_vocab - 1))
     }
 
     /// Decides what happens when `seq` is full, from the next call on.
@@ -702,7 +711,8 @@ impl Session {
         }
         let mut n_every_rows = 0;
         self.seen.fill(false);
-        self.wanted_room.clear();
+        self.asked.clear();
+        self.tokens.clear();
         for i in 0..n {
             let BatchEntry { seq, tokens, logits } = entry(i)?;
             let seq = self.pool.check_seq(seq)?;
@@ -715,8 +725,12 @@ impl Session {
             if logits == Logits::Every {
                 n_every_rows += tokens.len();
             }
-            self.wanted_room.push((seq, tokens.len(), self.to_drop(seq, tokens.len())?));
-            check_tokens(tokens, n_vocab)
+            self.asked.push(Asked { seq, n: tokens.len(), logits, dropped: self.to_drop(seq, tokens.len())? });
+            // What does not fit here has no room in the pool, which is found out below.
+            let from = self.tokens.len();
+            let (copied, rest) = tokens.split_at(tokens.len().min(self.tokens.capacity() - from));
+            self.tokens.extend(copied.iter().map(|&t| t as u32));
+            check_tokens(self.tokens[from..].iter().map(|&t| t as i32).chain(rest.iter().copied()), n_vocab)
                 .map_err(|(i, t)| invalid!("token {i} of sequence {seq} is {t}, expected 0 to {}", n_vocab - 1))?;
         }
         if n_every_rows > n_every(&self.options) {
@@ -725,15 +739,14 @@ impl Session {
                 "the batch asks for the logits of {n_every_rows} tokens, expected at most {most}: see n_draft"
             ));
         }
-        let mut spare = self.pool.check_room(self.wanted_room.iter().copied())?;
-        let mut every_row = 2 * n_sequences;
-        for i in 0..n {
-            let BatchEntry { tokens, logits, .. } = entry(i)?;
-            let (seq, _, dropped) = self.wanted_room[i];
-            self.tokens.clear();
-            self.tokens.extend(tokens.iter().map(|&t| t as u32));
+        let room = self.asked.iter().map(|asked| (asked.seq, asked.n, asked.dropped));
+        let mut spare = self.pool.check_room(room)?;
+        let (mut every_row, mut at) = (2 * n_sequences, 0);
+        for &Asked { seq, n, logits, dropped } in &self.asked {
+            let tokens = &self.tokens[at..at + n];
+            at += n;
             let before = self.pool.ring(seq);
-            let (reservation, copy) = self.pool.reserve(seq, &self.tokens, dropped, &mut spare)?;
+            let (reservation, copy) = self.pool.reserve(seq, tokens, dropped, &mut spare)?;
             if let Some(copy) = copy {
                 self.context.copy_block(copy);
             }
@@ -841,9 +854,9 @@ fn n_every(options: &SessionOptions) -> usize {
 }
 
 /// The first token outside the vocabulary, with its index.
-fn check_tokens(tokens: &[i32], n_vocab: usize) -> Result<(), (usize, i32)> {
+fn check_tokens(tokens: impl Iterator<Item = i32>, n_vocab: usize) -> Result<(), (usize, i32)> {
     let is_known = |t: i32| usize::try_from(t).is_ok_and(|t| t < n_vocab);
-    tokens.iter().copied().enumerate().find(|&(_, t)| !is_known(t)).map_or(Ok(()), Err)
+    tokens.enumerate().find(|&(_, t)| !is_known(t)).map_or(Ok(()), Err)
 }
 
 /// Takes back the requests to cancel any of `parts`; whether there were any.
