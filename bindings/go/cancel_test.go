@@ -3,7 +3,6 @@ package phd
 import (
 	"context"
 	"errors"
-	"runtime"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -182,13 +181,12 @@ func TestContextsOfOthers(t *testing.T) {
 	for i := range 8 {
 		q := s.Sequence(i / 2) // two goroutines a sequence
 		spawn(&group, func() {
-			for n := range 60 {
+			for n := range 40 {
 				ctx, cancel := context.WithCancel(background)
 				if i%2 == 0 {
-					go func() {
-						for range n * 10 { // before, in, and after the call
-							runtime.Gosched()
-						}
+					before := s.Stats().Calls
+					go func() { // while the call waits, runs, or has ended, by how many calls come first
+						spinUntil(func() bool { return ctx.Err() != nil || s.Stats().Calls >= before+uint64(n%12) })
 						cancel()
 					}()
 				}
@@ -209,7 +207,7 @@ func TestContextsOfOthers(t *testing.T) {
 		})
 	}
 	group.Wait()
-	t.Logf("%d of 480 calls were cancelled", cancelled.Load())
+	t.Logf("%d of 320 calls were cancelled", cancelled.Load())
 	for i := range s.NSequences() {
 		must(t, s.Sequence(i).Step(background, 1))
 	}

@@ -10,5 +10,5 @@ package phd
 // #cgo darwin,amd64 LDFLAGS: ${SRCDIR}/vendored/lib/darwin_amd64/libphd.a
 // #cgo darwin,arm64 LDFLAGS: ${SRCDIR}/vendored/lib/darwin_arm64/libphd.a
 // #cgo linux LDFLAGS: -lstdc++ -lgcc_s -lm -lpthread -ldl
-// #cgo darwin LDFLAGS: -lc++ -lm -framework Accelerate
+// #cgo darwin LDFLAGS: -lc++ -lm
 import "C"

@@ -60,6 +60,10 @@ package phd
 // #cgo nocallback phd_sampler_add_regex
 // #cgo noescape phd_sampler_clone
 // #cgo nocallback phd_sampler_clone
+// #cgo noescape phd_sampler_constraint_accept
+// #cgo nocallback phd_sampler_constraint_accept
+// #cgo noescape phd_sampler_constraint_done
+// #cgo nocallback phd_sampler_constraint_done
 // #cgo noescape phd_sampler_create
 // #cgo nocallback phd_sampler_create
 // #cgo noescape phd_sampler_create_empty
@@ -68,6 +72,8 @@ package phd
 // #cgo nocallback phd_sampler_free
 // #cgo noescape phd_sampler_params_init
 // #cgo nocallback phd_sampler_params_init
+// #cgo noescape phd_sampler_remove_constraint
+// #cgo nocallback phd_sampler_remove_constraint
 // #cgo noescape phd_sampler_reset
 // #cgo nocallback phd_sampler_reset
 // #cgo noescape phd_sampler_sample

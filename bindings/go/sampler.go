@@ -288,8 +288,8 @@ func (s *Sampler) AddDRYBreaker(text string) error {
 }
 
 // AddJSONSchema lets only JSON pass that is valid by schema; then only end tokens are left. The constraint comes before
-// all stages, whenever it is added; a sampler has one at most. Schemas with keywords that are not implemented are
-// [ErrUnsupported].
+// all stages, whenever it is added, and begins with the next token that is accepted, also within a text. A sampler has one
+// at most: see [Sampler.RemoveConstraint]. Schemas with keywords that are not implemented are [ErrUnsupported].
 func (s *Sampler) AddJSONSchema(schema string) error {
 	return s.withText(schema, func(p *C.phd_sampler, m *C.phd_model, t *C.char, n C.size_t, e **C.phd_error) cStatus {
 		return C.phd_sampler_add_json_schema(p, m, t, n, e)
@@ -308,6 +308,44 @@ func (s *Sampler) AddGrammar(lark string) error {
 	return s.withText(lark, func(p *C.phd_sampler, m *C.phd_model, t *C.char, n C.size_t, e **C.phd_error) cStatus {
 		return C.phd_sampler_add_grammar(p, m, t, n, e)
 	})
+}
+
+// ConstraintDone reports whether the constraint has ended: it allows only end tokens. It is false if the constraint may go
+// on, also where it may end, and without one. What comes after a constraint within a text begins with RemoveConstraint.
+func (s *Sampler) ConstraintDone() (bool, error) {
+	ptr, err := s.enter()
+	if err != nil {
+		return false, err
+	}
+	defer s.leave()
+	var done C.bool
+	var e *C.phd_error
+	err = check(C.phd_sampler_constraint_done(ptr, &done, &e), e)
+	return bool(done), err
+}
+
+// ConstraintAccept advances the constraint, and nothing else, by text that is there already: what an accepted token says
+// beyond the point where the constraint was to begin. Text that the constraint does not allow is refused.
+func (s *Sampler) ConstraintAccept(text string) error {
+	ptr, err := s.enter()
+	if err != nil {
+		return err
+	}
+	defer s.leave()
+	chars, length := cString(text)
+	var e *C.phd_error
+	return check(C.phd_sampler_constraint_accept(ptr, chars, length, &e), e)
+}
+
+// RemoveConstraint takes the constraint away, if there is one. The text goes on freely, or under another constraint.
+func (s *Sampler) RemoveConstraint() error {
+	ptr, err := s.enter()
+	if err != nil {
+		return err
+	}
+	defer s.leave()
+	var e *C.phd_error
+	return check(C.phd_sampler_remove_constraint(ptr, &e), e)
 }
 
 // Sample chooses a token from the sequence's logits, where they are, without copying them.

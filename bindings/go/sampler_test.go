@@ -181,9 +181,35 @@ func TestConstraints(t *testing.T) {
 	if token := value[Token](t)(s.Sample(q)); !m.IsEnd(token) {
 		t.Errorf("after the whole text comes %d", token)
 	}
-	if err := s.AddRegex("c"); err == nil {
-		t.Error("a second constraint")
+	wantError(t, s.AddRegex("c"), ErrInvalidArgument) // a second one
+}
+
+// A constraint within a text: it begins in the middle of a token and is taken away when it has ended.
+func TestConstraintWithinText(t *testing.T) {
+	m := demo(t)
+	q := newPrompted(t, m, verse)
+	s := newSamplerOf(t, m, nil)
+	isDone := func() bool { return value[bool](t)(s.ConstraintDone()) }
+	must(t, s.Accept(5))
+	if isDone() {
+		t.Error("no constraint has ended")
 	}
+	must(t, s.AddRegex("selah"))
+	must(t, s.ConstraintAccept("se"))
+	wantError(t, s.ConstraintAccept("x"), ErrInvalidArgument)
+	text := "se"
+	for !isDone() {
+		token := value[Token](t)(s.Sample(q))
+		must(t, s.Accept(token))
+		text += string(value[[]byte](t)(m.TokenBytes(token, false)))
+	}
+	if text != "selah" {
+		t.Errorf("the text is %q", text)
+	}
+	must(t, s.RemoveConstraint())
+	must(t, s.RemoveConstraint()) // none
+	must(t, s.Accept(5))
+	must(t, s.AddRegex("b"))
 }
 
 func TestStream(t *testing.T) {
@@ -231,14 +257,14 @@ func TestStream(t *testing.T) {
 	if index, n := s.Stopped(); index != -1 || n != 0 {
 		t.Errorf("a new text: stopped by %d after %d bytes", index, n)
 	}
-	long := strings.Repeat("a", 1000) + "b"
+	long := strings.Repeat("a", 200) + "b"
 	must(t, s.AddStop(long))
 	got = ""
-	for _, token := range value[[]Token](t)(m.Tokenize(long[1:1001]+"c", false, false)) {
+	for _, token := range value[[]Token](t)(m.Tokenize(long[1:201]+"c", false, false)) {
 		got += value[string](t)(s.Push(token))
 	}
-	if got += value[string](t)(s.Finish()); got != long[1:1001]+"c" {
-		t.Errorf("%d bytes that were held back have become %d", 1000, len(got))
+	if got += value[string](t)(s.Finish()); got != long[1:201]+"c" {
+		t.Errorf("200 bytes that were held back have become %q", got)
 	}
 	wantError(t, s.AddStop(""), ErrInvalidArgument)
 	_, err := s.Push(-1)
