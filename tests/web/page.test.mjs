@@ -1,7 +1,8 @@
 // The page in a browser, against a server whose answers are known and whose tokens come when the test says so.
 import assert from "node:assert/strict";
 import { after, before, test } from "node:test";
-import { axePath, launch, standin } from "./harness.mjs";
+import { axePath, launch } from "./harness.mjs";
+import { eventually, standin } from "./servers.mjs";
 
 let chromium;
 before(async () => { chromium = await launch(); });
@@ -37,14 +38,6 @@ async function open(t, { options = [], context = {}, prepare, expected = /(?!)/ 
 }
 
 const ready = (page, name = "stand-in") => page.locator("#name", { hasText: name }).waitFor();
-const eventually = async (what, condition) => {
-  for (let i = 0; i < 500; i++) {
-    if (await condition()) return;
-    await new Promise((resolve) => setTimeout(resolve, 20));
-  }
-  assert.fail(`never: ${what}`);
-};
-
 test("an answer is streamed, read out once, and kept over a reload", async (t) => {
   const { server, page, ask, answers, finished } = await open(t);
   await ready(page);
@@ -109,7 +102,7 @@ test("Enter sends, Shift+Enter begins a line, an input method's Enter does neith
   await page.keyboard.press("Enter");
   await page.keyboard.type(" ");
   await page.keyboard.press("Enter");
-  assert.equal((await server.log())?.length ?? 0, 0, "nothing is sent without text");
+  assert.equal((await server.log()).length, 0, "nothing is sent without text");
   await page.fill("#message", "");
   await page.keyboard.type("one");
   const height = await page.locator("#message").evaluate((node) => node.clientHeight);
@@ -118,7 +111,7 @@ test("Enter sends, Shift+Enter begins a line, an input method's Enter does neith
   assert.equal(await page.inputValue("#message"), "one\ntwo");
   assert.ok(await page.locator("#message").evaluate((node) => node.clientHeight) > height, "the field grows");
   await page.locator("#message").evaluate((node) => node.dispatchEvent(new KeyboardEvent("keydown", { key: "Enter", isComposing: true, bubbles: true, cancelable: true })));
-  assert.equal((await server.log())?.length ?? 0, 0);
+  assert.equal((await server.log()).length, 0);
   await page.keyboard.press("Enter");
   await finished("You said: one");
   assert.equal((await server.log())[0].prompt, "one\ntwo");
@@ -627,8 +620,9 @@ for (const [copies, window, chunk, columns] of [[2, 16, 32, 32], [3, 16, 32, 32]
 
 test("the picture shows the pool, the slots and the memory as the server counts them", async (t) => {
   const state = {
-    model: "m", copies: 3, window: 16, chunk: 32, n_positions: 4096, n_layers: 16, queued: 2, prompt_tokens: 9, predicted_tokens: 500,
-    prompt_seconds: 1, predicted_seconds: 10, usage: { used: 1024, shared: 256, retained: 512, free: 2560, block: 16 },
+    model: { name: "m", copies: 3, window: 16, chunk: 32, n_layers: 16 }, n_positions: 4096,
+    queue: { waiting: 2, capacity: 64 }, totals: { predicted_tokens: 500, predicted_seconds: 10 },
+    usage: { used: 1024, shared: 256, retained: 512, free: 2560, block: 16 },
     memory: { weights_bytes: 2 ** 30, cache_bytes: 64 * 2 ** 20, hidden_bytes: 2 ** 20, scratch_bytes: 2 ** 21 },
     slots: Array.from({ length: 10 }, (_, id) => ({ id, busy: id >= 8, n_context: 1024, n_past: id === 9 ? 512 : id === 8 ? 100 : 0, n_prompt: id === 8 ? 300 : 400, n_prompt_done: id === 8 ? 100 : 400, n_decoded: 112, tokens_per_second: 48.25 })),
   };
@@ -638,7 +632,7 @@ test("the picture shows the pool, the slots and the memory as the server counts 
   const widths = await page.locator("#cache span").evaluateAll((spans) => spans.map((span) => span.style.width));
   assert.deepEqual(widths, ["18.75%", "6.25%", "12.5%"]);
   assert.equal(await page.textContent("#rule"), "K = 3 · W = 16 · C = 32");
-  assert.match(await page.textContent("#queue"), /2 waiting · average 50/);
+  assert.match(await page.textContent("#queue"), /2 waiting · each request 50/);
   const slots = await page.locator("#slots li").allTextContents();
   assert.equal(slots.length, 8, "busy slots come first");
   assert.equal(slots[6], "Slot 8reading 100 of 300 · 100 of 1,024");

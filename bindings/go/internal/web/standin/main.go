@@ -99,7 +99,9 @@ func main() {
 	server := &http.Server{Handler: s.routes()}
 	stop, cancel := signal.NotifyContext(context.Background(), syscall.SIGTERM, os.Interrupt)
 	defer cancel()
+	drained := make(chan struct{})
 	go func() {
+		defer close(drained)
 		<-stop.Done()
 		s.draining.Store(true)
 		ctx, cancel := context.WithTimeout(context.Background(), *drain)
@@ -111,6 +113,7 @@ func main() {
 	if err := server.Serve(listener); !errors.Is(err, http.ErrServerClosed) {
 		log.Fatal(err)
 	}
+	<-drained
 }
 
 func (s *standin) routes() http.Handler {
@@ -198,11 +201,13 @@ func (s *standin) state(w http.ResponseWriter, _ *http.Request) {
 	}
 	shared, retained := used/8/16*16, min(160, total-used)
 	reply(w, 200, map[string]any{
-		"model": s.name, "copies": s.copies, "window": s.window, "chunk": s.chunk, "n_positions": total, "n_layers": 6,
-		"usage":  map[string]any{"used": used, "shared": shared, "retained": retained, "free": total - used - retained, "block": 16},
-		"memory": map[string]any{"weights_bytes": 5557248, "cache_bytes": total * 1536, "hidden_bytes": 49152, "scratch_bytes": 3670016},
-		"slots":  s.slots, "queued": s.queued, "prompt_tokens": 0, "predicted_tokens": s.predicted, "prompt_seconds": 0.5,
-		"predicted_seconds": float64(s.predicted) / 64,
+		"model":       map[string]any{"name": s.name, "copies": s.copies, "window": s.window, "chunk": s.chunk, "n_layers": 6},
+		"n_positions": total,
+		"usage":       map[string]any{"used": used, "shared": shared, "retained": retained, "free": total - used - retained, "block": 16},
+		"memory":      map[string]any{"weights_bytes": 5557248, "cache_bytes": total * 1536, "hidden_bytes": 49152, "scratch_bytes": 3670016},
+		"slots":       s.slots,
+		"queue":       map[string]any{"waiting": s.queued, "capacity": s.queue},
+		"totals":      map[string]any{"predicted_tokens": s.predicted, "predicted_seconds": float64(s.predicted) / 64},
 	})
 }
 
@@ -309,6 +314,7 @@ func (s *standin) complete(w http.ResponseWriter, r *http.Request) {
 	defer s.update(id, func(sl *slot) { sl.Busy = false })
 
 	w.Header().Set("Content-Type", "text/event-stream")
+	w.Header().Set("X-Accel-Buffering", "no")
 	control := http.NewResponseController(w)
 	send := func(event any) {
 		text, _ := json.Marshal(event)

@@ -1,0 +1,346 @@
+// Debian's nginx with examples/nginx/nginx.conf before three replicas: stand-ins, whose tokens come when the test says so, and
+// real servers if they are there.
+import assert from "node:assert/strict";
+import { execFileSync, spawn } from "node:child_process";
+import { mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
+import { request } from "node:http";
+import { request as secureRequest } from "node:https";
+import { connect, createServer } from "node:net";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { test } from "node:test";
+import { eventually, hasPhdServer, phdServer, root, standin, tinyModel } from "../web/servers.mjs";
+
+const nginx = process.env.NGINX ?? "/usr/sbin/nginx";
+
+async function freePort() {
+  const server = createServer().listen(0, "127.0.0.1");
+  await new Promise((resolve) => server.once("listening", resolve));
+  const { port } = server.address();
+  await new Promise((resolve) => server.close(resolve));
+  return port;
+}
+
+// Starts nginx with the example's configuration: nothing but ports, paths and, where a test is about something else, the
+// limit of requests is changed.
+async function balance(t, replicas, { limit = false } = {}) {
+  const folder = mkdtempSync(join(tmpdir(), "phd-nginx-"));
+  const [port, tlsPort] = [await freePort(), await freePort()];
+  let config = readFileSync(join(root, "examples/nginx/nginx.conf"), "utf8");
+  const change = (from, to, times) => {
+    assert.equal(config.split(from).length - 1, times, `${from} in nginx.conf`);
+    config = config.replaceAll(from, to);
+  };
+  change("listen 8080;", `listen 127.0.0.1:${port};`, 1);
+  change("listen 8443 ssl", `listen 127.0.0.1:${tlsPort} ssl`, 1);
+  change("/var/log/nginx/access.log", join(folder, "access.log"), 1);
+  change("/etc/nginx/tls/", `${folder}/`, 2);
+  replicas.forEach(({ port }, i) => change(`127.0.0.1:808${i + 1} `, `127.0.0.1:${port} `, 3));
+  if (!limit) change("rate=20r/s", "rate=100000r/s", 1);
+  writeFileSync(join(folder, "nginx.conf"), config);
+  execFileSync("openssl", ["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2",
+    "-subj", "/CN=localhost", "-keyout", join(folder, "server.key"), "-out", join(folder, "server.crt")], { stdio: "ignore" });
+  const args = ["-p", folder, "-c", join(folder, "nginx.conf"), "-e", join(folder, "error.log"), "-g", `pid ${folder}/nginx.pid; daemon off;`];
+  const verdict = execFileSync("sh", ["-c", 'exec "$0" -t "$@" 2>&1', nginx, ...args], { encoding: "utf8" });
+  assert.doesNotMatch(verdict, /\[(warn|emerg)\]/);
+  const child = spawn(nginx, args, { stdio: "inherit" });
+  const gone = new Promise((resolve) => child.once("exit", resolve));
+  t.after(async () => {
+    child.kill("SIGTERM");
+    await gone;
+    rmSync(folder, { recursive: true, force: true });
+  });
+  await eventually("nginx listens", () => new Promise((resolve) => {
+    const socket = connect(port, "127.0.0.1", () => { socket.destroy(); resolve(true); }).on("error", () => resolve(false));
+  }));
+  return {
+    port, tlsPort, child,
+    address: `http://127.0.0.1:${port}`,
+    // Which replicas each request of a session was passed to, as indices.
+    async passed(session, n = 1) {
+      const lines = await eventually(`${n} lines in the log`, () => {
+        const lines = readFileSync(join(folder, "access.log"), "utf8").trim().split("\n").filter(Boolean).map(JSON.parse).filter((line) => line.session === session);
+        return lines.length >= n && lines;
+      });
+      return lines.map((line) => line.replica.split(/[,:] /).map((address) => replicas.findIndex(({ port }) => address.endsWith(`:${port}`))));
+    },
+  };
+}
+
+async function three(t, ...options) {
+  const replicas = await Promise.all([0, 1, 2].map((i) => standin("-name", `replica ${i}`, ...options)));
+  t.after(() => Promise.all(replicas.map((replica) => replica.close())));
+  return replicas;
+}
+
+// A streamed completion that is read event by event.
+function stream(address, prompt, session, more = {}) {
+  const abort = new AbortController();
+  const begun = fetch(`${address}/completion`, {
+    method: "POST", signal: abort.signal, headers: session ? { "X-Session-Id": session } : {}, body: JSON.stringify({ prompt, stream: true, ...more }),
+  });
+  begun.catch(() => {});
+  let reader = null, rest = "";
+  const decoder = new TextDecoder();
+  const next = async () => { // the next event; null at the end
+    reader ??= (await begun).body.getReader();
+    while (!rest.includes("\n\n")) {
+      const { done, value } = await reader.read();
+      if (done) return null;
+      rest += decoder.decode(value, { stream: true });
+    }
+    const [event, ...others] = rest.split("\n\n");
+    rest = others.join("\n\n");
+    return event.startsWith("data: {") ? JSON.parse(event.slice(6)) : next();
+  };
+  return {
+    begun, next, abort: () => abort.abort(),
+    async text() { let text = ""; for (let event; (event = await next());) text += event.content ?? ""; return text; },
+  };
+}
+
+const ask = async (address, prompt, session) => {
+  const answer = stream(address, prompt, session);
+  const { status } = await answer.begun;
+  return { status, text: status === 200 ? await answer.text() : await (await answer.begun).text(), headers: (await answer.begun).headers };
+};
+const at = (replicas, session, balancer) => balancer.passed(session).then(([path]) => replicas[path.at(-1)]);
+
+test("streams are passed on event by event", async (t) => {
+  const replicas = await three(t);
+  const balancer = await balance(t, replicas);
+  const answer = stream(balancer.address, "@gate @count 3", "a");
+  const home = await eventually("it has arrived", async () => {
+    for (const replica of replicas) if ((await replica.log()).length > 0) return replica;
+    return null;
+  });
+  for (let i = 1; i <= 3; i++) {
+    await home.release(1); // the next one is not released before this one has come through
+    assert.equal((await answer.next()).content, `${i} `);
+  }
+  assert.equal((await answer.next()).stop, true);
+  assert.equal(await answer.next(), null);
+});
+
+test("a session stays with its replica, others go where there is least to do", async (t) => {
+  const replicas = await three(t);
+  const balancer = await balance(t, replicas);
+  const homes = new Set();
+  for (let i = 0; i < 24; i++) {
+    for (let turn = 0; turn < 3; turn++) assert.equal((await ask(balancer.address, "@say yes", `session ${i}`)).status, 200);
+    const paths = await balancer.passed(`session ${i}`, 3);
+    assert.equal(new Set(paths.flat()).size, 1, `session ${i}: ${JSON.stringify(paths)}`);
+    homes.add(paths[0][0]);
+  }
+  assert.equal(homes.size, 3, "sessions are spread over all replicas");
+
+  const streams = [];
+  for (let i = 0; i < 6; i++) {
+    streams.push(stream(balancer.address, "@gate @count 2"));
+    await eventually("it has arrived", async () => (await Promise.all(replicas.map((replica) => replica.log()))).flat().filter((r) => r.prompt.startsWith("@gate")).length === i + 1);
+  }
+  const busy = await Promise.all(replicas.map(async (replica) => (await replica.log()).filter((r) => r.prompt.startsWith("@gate")).length));
+  assert.deepEqual(busy, [2, 2, 2]);
+  await Promise.all(replicas.map((replica) => replica.release(4)));
+  for (const one of streams) assert.equal(await one.text(), "1 2 ");
+});
+
+test("when a replica is killed, only streams that had begun are lost", async (t) => {
+  const replicas = await three(t, "-slots", "4", "-queue", "100");
+  const balancer = await balance(t, replicas);
+  // Five requests of each of twelve sessions, within what one client may have at once.
+  const sessions = Array.from({ length: 12 }, (_, i) => `session ${i}`);
+  const arrived = (replica) => replica.log().then((log) => log.length);
+  const running = [];
+  for (const session of sessions) {
+    const before = await Promise.all(replicas.map(arrived));
+    const answer = stream(balancer.address, "@gate @count 5", session);
+    const home = await eventually("it has arrived", async () => {
+      const now = await Promise.all(replicas.map(arrived));
+      const i = now.findIndex((n, i) => n > before[i]);
+      return i >= 0 && { index: i };
+    });
+    running.push({ session, answer, home: home.index, begun: false });
+  }
+  const victim = running[0].home;
+  const there = running.filter((one) => one.home === victim);
+  // Two streams of the victim begin; whatever else is there has no byte so far.
+  await replicas[victim].release(2);
+  const begun = await eventually("two words are out", async () => {
+    const log = await replicas[victim].log();
+    return log.reduce((sum, r) => sum + r.sent, 0) === 2 && log.filter((r) => r.sent > 0).map((r) => r.session);
+  });
+  for (const one of there) {
+    one.begun = begun.includes(one.session);
+    if (one.begun) assert.equal((await one.answer.next()).content, "1 ");
+  }
+  const waiting = sessions.flatMap((session) => Array.from({ length: 4 }, () => ask(balancer.address, "@gate @count 5", session)));
+  await eventually("all have arrived", async () => (await Promise.all(replicas.map(arrived))).reduce((a, b) => a + b) === 12 + waiting.length);
+
+  replicas[victim].child.kill("SIGKILL");
+  await replicas[victim].gone;
+  for (const [i, replica] of replicas.entries()) if (i !== victim) await replica.release(1000);
+  for (const one of running) {
+    if (one.begun) await assert.rejects(one.answer.text(), /terminated|aborted|other side closed/, "a broken stream is seen to be broken");
+    else assert.equal(await one.answer.text(), "1 2 3 4 5 ", one.session);
+  }
+  for (const { status, text } of await Promise.all(waiting)) assert.deepEqual([status, text], [200, "1 2 3 4 5 "]);
+  // Its sessions have another home now, and keep it.
+  for (let i = 0; i < 5; i++) assert.equal((await ask(balancer.address, "@say yes", there[0].session)).status, 200);
+  const after = (await balancer.passed(there[0].session, 10)).slice(-5).map((path) => path.at(-1));
+  assert.equal(new Set(after).size, 1);
+  assert.notEqual(after[0], victim);
+});
+
+test("a replica that is told to stop ends its streams, and nothing is lost", async (t) => {
+  const replicas = await three(t);
+  const balancer = await balance(t, replicas);
+  const sessions = Array.from({ length: 12 }, (_, i) => `session ${i}`);
+  for (const session of sessions) await ask(balancer.address, "@say yes", session);
+  const leaving = await at(replicas, sessions[0], balancer);
+  const long = stream(balancer.address, "@gate @count 3", sessions[0]);
+  await eventually("it has arrived", async () => (await leaving.log()).some((r) => r.prompt === "@gate @count 3"));
+  await leaving.release(1);
+  assert.equal((await long.next()).content, "1 ");
+
+  // Requests go on all the time, over connections that nginx keeps open to the one that leaves.
+  let stop = false;
+  const failures = [];
+  let served = 0;
+  const clients = sessions.map(async (session) => {
+    while (!stop) {
+      const { status, text } = await ask(balancer.address, "@say fine", session);
+      served++;
+      if (status !== 200 || text !== "fine") failures.push({ session, status, text });
+    }
+  });
+  await eventually("they run", () => served > 50);
+  const before = served;
+  leaving.child.kill("SIGTERM");
+  await eventually("it takes nothing new", () => leaving.call("/health").then((r) => r.status === 503, () => true));
+  await eventually("they go on", () => served > before + 200);
+  stop = true;
+  await Promise.all(clients);
+  assert.deepEqual(failures, []);
+  // The stream that was running is still there.
+  assert.equal(leaving.child.exitCode, null);
+  long.abort();
+  assert.equal(await leaving.gone, 0);
+});
+
+test("a full replica's requests go to another one, until all are full", async (t) => {
+  const replicas = await three(t, "-slots", "1", "-queue", "0");
+  const balancer = await balance(t, replicas);
+  const running = [];
+  for (let i = 0; i < 3; i++) {
+    running.push(stream(balancer.address, "@gate @count 1", "one and the same"));
+    await eventually("it runs", async () => (await Promise.all(replicas.map((r) => r.call("/phd/state").then((r) => r.json())))).filter((s) => s.slots[0].busy).length === i + 1);
+  }
+  const { status, text, headers } = await ask(balancer.address, "@say no", "one and the same");
+  assert.equal(status, 429);
+  assert.equal(headers.get("Retry-After"), "1");
+  assert.equal(JSON.parse(text).error.code, 429);
+  // Being full is not being dead: as soon as there is room, a replica is used.
+  for (const [i, replica] of replicas.entries()) {
+    await replica.release(1);
+    await eventually("there is room", async () => !(await (await replica.call("/phd/state")).json()).slots[0].busy);
+    for (let again = 0; again < 3; again++) assert.equal((await ask(balancer.address, "@say yes", `${i} ${again}`)).status, 200);
+  }
+  for (const one of running) assert.equal(await one.text(), "1 ");
+});
+
+test("a replica that loads is passed over, and clients can read that none is there", async (t) => {
+  const replicas = await three(t);
+  const balancer = await balance(t, replicas);
+  const loading = (i, on) => replicas[i].call(`/standin/loading?on=${on}`, { method: "POST" });
+  await loading(0, true);
+  await loading(1, true);
+  for (let i = 0; i < 12; i++) assert.equal((await ask(balancer.address, "@say yes", `session ${i}`)).status, 200);
+  await loading(2, true);
+  const answer = await ask(balancer.address, "@say no", "x");
+  assert.equal(answer.status, 503);
+  assert.equal(JSON.parse(answer.text).error.type, "unavailable_error");
+  for (const replica of replicas) await replica.close();
+  for (let i = 0; i < 3; i++) {
+    const none = await ask(balancer.address, "@say no", `none ${i}`);
+    assert.equal(none.status, 503);
+    assert.equal(JSON.parse(none.text).error.type, "unavailable_error");
+    assert.equal(none.headers.get("Retry-After"), "2");
+  }
+});
+
+test("a client that goes away ends its request at the replica", async (t) => {
+  const replicas = await three(t);
+  const balancer = await balance(t, replicas);
+  const answer = stream(balancer.address, "@gate @count 50", "s");
+  const home = await eventually("it has arrived", async () => { for (const r of replicas) if ((await r.log()).length > 0) return r; return null; });
+  await home.release(2);
+  await answer.next();
+  await answer.next();
+  answer.abort();
+  await eventually("it is cancelled", async () => (await home.log())[0].ended === "cancelled");
+  assert.equal((await home.log())[0].sent, 2);
+});
+
+test("slow clients hold no slot", async (t) => {
+  const replicas = await three(t, "-slots", "1", "-queue", "0");
+  const balancer = await balance(t, replicas);
+  const logs = async () => (await Promise.all(replicas.map((replica) => replica.log()))).flat();
+
+  // Sending: a replica sees nothing before the whole request is there.
+  const body = JSON.stringify({ prompt: "@say " + "x".repeat(100_000), stream: true });
+  const slow = connect(balancer.port, "127.0.0.1");
+  slow.write(`POST /completion HTTP/1.1\r\nHost: x\r\nX-Session-Id: slow\r\nContent-Length: ${body.length}\r\n\r\n${body.slice(0, 50_000)}`);
+  for (let i = 0; i < 6; i++) assert.equal((await ask(balancer.address, "@say yes", `meanwhile ${i}`)).status, 200);
+  assert.ok(!(await logs()).some((r) => r.session === "slow"));
+  slow.write(body.slice(50_000));
+  await eventually("it has arrived", async () => (await logs()).some((r) => r.session === "slow" && r.ended === "done"));
+  slow.destroy();
+
+  // Reading: one that reads nothing. The answer, within what the connections' buffers hold, leaves its replica at once.
+  const idle = connect(balancer.port, "127.0.0.1");
+  idle.pause();
+  const question = JSON.stringify({ prompt: "@count 500", stream: true });
+  idle.write(`POST /completion HTTP/1.1\r\nHost: x\r\nX-Session-Id: idle\r\nContent-Length: ${question.length}\r\n\r\n${question}`);
+  await eventually("it is answered", async () => (await logs()).some((r) => r.session === "idle" && r.ended === "done"));
+  for (const replica of replicas) assert.ok(!(await (await replica.call("/phd/state")).json()).slots[0].busy);
+  let read = "";
+  idle.resume();
+  idle.on("data", (data) => { read += data; if (read.includes('"stop":true')) idle.destroy(); });
+  await new Promise((resolve) => idle.once("close", resolve));
+  assert.match(read, /"content":"500 "/);
+});
+
+test("bounds: large requests, many requests, and what is not for everybody", async (t) => {
+  const replicas = await three(t);
+  const balancer = await balance(t, replicas, { limit: true });
+  // Clients are told apart by their keys, so that these do not count for the one below.
+  const large = await fetch(`${balancer.address}/completion`, { method: "POST", body: "x".repeat(9 << 20), headers: { Authorization: "Bearer a" } });
+  assert.equal(large.status, 413);
+  assert.equal((await large.json()).error.code, 413);
+  for (const path of ["/metrics", "/slots", "/slots/0?action=erase"]) {
+    assert.equal((await fetch(balancer.address + path, { headers: { Authorization: "Bearer b" } })).status, 404, path);
+  }
+  const answers = await Promise.all(Array.from({ length: 120 }, () => fetch(`${balancer.address}/props`, { headers: { Authorization: "Bearer c" } })));
+  const refused = answers.filter(({ status }) => status === 429);
+  assert.ok(refused.length > 0 && refused.length < 90, `${refused.length} of 120 refused`);
+  assert.equal(refused[0].headers.get("Retry-After"), "1");
+  assert.equal((await refused[0].json()).error.type, "rate_limit_error");
+  assert.equal((await fetch(`${balancer.address}/props`, { headers: { Authorization: "Bearer d" } })).status, 200);
+});
+
+test("the page and TLS", async (t) => {
+  const replicas = await three(t);
+  const balancer = await balance(t, replicas);
+  const page = await fetch(balancer.address);
+  assert.match(page.headers.get("Content-Security-Policy"), /default-src 'none'/);
+  assert.match(await page.text(), /<!doctype html>/);
+  const status = await new Promise((resolve, reject) => {
+    secureRequest({ host: "127.0.0.1", port: balancer.tlsPort, path: "/health", rejectUnauthorized: false }, (r) => { r.resume(); resolve(r.statusCode); }).on("error", reject).end();
+  });
+  assert.equal(status, 200);
+  const raw = await new Promise((resolve, reject) => {
+    request({ host: "127.0.0.1", port: balancer.port, path: "/health" }, (r) => { r.resume(); resolve(r.headers); }).on("error", reject).end();
+  });
+  assert.equal(raw.server, "nginx");
+});

@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# examples/nginx/nginx.conf, run by Debian's nginx before three replicas: stand-ins, and real servers if target/phd-server (or
+# $PHD_SERVER) is there. Installs what is missing.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+
+missing=()
+command -v "${NGINX:-/usr/sbin/nginx}" >/dev/null || missing+=(nginx-light)
+command -v openssl >/dev/null || missing+=(openssl)
+if [ ${#missing[@]} -gt 0 ]; then
+  command -v apt-get >/dev/null || { echo "tests/nginx: please install: ${missing[*]}" >&2; exit 1; }
+  root=(); [ "$(id -u)" -eq 0 ] || root=(sudo)
+  echo "tests/nginx: installing ${missing[*]}"
+  "${root[@]}" apt-get update -qq
+  DEBIAN_FRONTEND=noninteractive "${root[@]}" apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
+fi
+command -v node >/dev/null || { echo "tests/nginx: Node.js 20 or newer is missing" >&2; exit 1; }
+
+mkdir -p target/web
+(cd bindings/go && go build -o ../../target/web/standin ./internal/web/standin)
+node --test --test-concurrency=1 tests/nginx/*.test.mjs
