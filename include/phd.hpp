@@ -728,6 +728,12 @@ class sampler : public detail::owner<phd_sampler, phd_sampler_free> {
     return detail::call(phd_sampler_add_grammar, get(), model.get(), grammar.data(), grammar.size());
   }
 
+  result<bool> constraint_done() { return detail::get<bool>(phd_sampler_constraint_done, get()); }
+  result<void> constraint_accept(std::string_view text) {
+    return detail::call(phd_sampler_constraint_accept, get(), text.data(), text.size());
+  }
+  result<void> remove_constraint() { return detail::call(phd_sampler_remove_constraint, get()); }
+
   result<token_id> sample(span<const float> logits) {
     return detail::get<token_id>(phd_sampler_sample, get(), logits.data(), logits.size());
   }
