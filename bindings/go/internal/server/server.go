@@ -38,7 +38,8 @@ type loaded struct {
 	info     phd.ModelInfo
 	ends     []phd.Token // the tokens that end a text
 	defaults settings
-	template string // the chat template's source, the model's own or the user's; "": none
+	template string // the chat template's source, the model's own or the user's
+	chat     *chatTemplates
 }
 
 // Tokenize, NVocab and EndTokens make it the vocabulary of parseSettings.
@@ -88,32 +89,30 @@ func (s *Server) Load(ctx context.Context) error {
 	return nil
 }
 
-// logProgress logs each tenth of loading.
+// logProgress logs how far loading is, every other second.
 func (s *Server) logProgress() func(float32) bool {
-	next := float32(0.1)
+	last := time.Now()
 	return func(fraction float32) bool {
-		if fraction >= next && fraction < 1 {
+		if now := time.Now(); now.Sub(last) >= 2*time.Second {
 			s.log.Info("loading", "percent", int(fraction*100))
-			next = fraction + 0.1
+			last = now
 		}
 		return true
 	}
 }
 
 func (s *Server) prepare(model *phd.Model) (*loaded, error) {
-	l := &loaded{model: model, info: model.Info(), template: s.opts.ChatTemplate}
+	l := &loaded{model: model, info: model.Info()}
 	for token := range phd.Token(l.info.NVocab) {
 		if model.IsEnd(token) {
 			l.ends = append(l.ends, token)
 		}
 	}
-	if l.template == "" {
-		template, _, err := model.ChatTemplate("")
-		if err != nil {
-			return nil, err
-		}
-		l.template = template
+	chat, err := newChatTemplates(model, &s.opts, s.log)
+	if err != nil {
+		return nil, err
 	}
+	l.chat, l.template = chat, chat.text()
 	defaults := defaultSettings()
 	set, err := parseSettings(&body{fields: s.opts.Defaults}, &defaults, l)
 	if err != nil {
