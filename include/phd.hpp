@@ -274,12 +274,23 @@ result<B> fill(std::size_t guess, F *function, A... args) {
   }
 }
 
+/// A handle on its way into an owner: freed if a callback's exception comes between.
+template <class T>
+struct made {
+  typename T::handle_type *handle = nullptr;
+
+  made() noexcept = default;
+  ~made() { T owned(handle); }
+  made(const made &) = delete;
+  made &operator=(const made &) = delete;
+};
+
 /// function(args..., &handle, &error)
 template <class T, class F, class... A>
 result<T> make(F *function, A... args) {
-  typename T::handle_type *handle = nullptr;
-  if (auto done = call(function, args..., &handle); !done) return done.error();
-  return T(handle);
+  made<T> out;
+  if (auto done = call(function, args..., &out.handle); !done) return done.error();
+  return T(std::exchange(out.handle, nullptr));
 }
 
 /// A path as C takes it. One with a null byte would be cut there.
