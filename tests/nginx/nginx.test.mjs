@@ -59,7 +59,7 @@ async function balance(t, replicas, { limit = false } = {}) {
     // Which replicas each request of a session was passed to, as indices.
     async passed(session, n = 1) {
       const lines = await eventually(`${n} lines in the log`, () => {
-        const lines = readFileSync(join(folder, "access.log"), "utf8").trim().split("\n").filter(Boolean).map(JSON.parse).filter((line) => line.session === session);
+        const lines = readFileSync(join(folder, "access.log"), "utf8").split("\n").slice(0, -1).map(JSON.parse).filter((line) => line.session === session);
         return lines.length >= n && lines;
       });
       return lines.map((line) => line.replica.split(/[,:] /).map((address) => replicas.findIndex(({ port }) => address.endsWith(`:${port}`))));
@@ -134,15 +134,24 @@ test("a session stays with its replica, others go where there is least to do", a
   }
   assert.equal(homes.size, 3, "sessions are spread over all replicas");
 
-  const streams = [];
-  for (let i = 0; i < 6; i++) {
-    streams.push(stream(balancer.address, "@gate @count 2"));
-    await eventually("it has arrived", async () => (await Promise.all(replicas.map((replica) => replica.log()))).flat().filter((r) => r.prompt.startsWith("@gate")).length === i + 1);
-  }
-  const busy = await Promise.all(replicas.map(async (replica) => (await replica.log()).filter((r) => r.prompt.startsWith("@gate")).length));
-  assert.deepEqual(busy, [2, 2, 2]);
-  await Promise.all(replicas.map((replica) => replica.release(4)));
-  for (const one of streams) assert.equal(await one.text(), "1 2 ");
+  // Six streams that go on, two of a replica that end, two new ones.
+  const counts = () => Promise.all(replicas.map(async (replica) => (await replica.log()).filter((r) => r.prompt === "@gate @count 1").length));
+  const streams = [], order = [];
+  const another = async () => {
+    const before = await counts();
+    streams.push(stream(balancer.address, "@gate @count 1"));
+    order.push(await eventually("it has arrived", async () => { const i = (await counts()).findIndex((n, i) => n > before[i]); return i >= 0 && String(i); }));
+  };
+  for (let i = 0; i < 6; i++) await another();
+  assert.deepEqual(await counts(), [2, 2, 2]);
+  const free = order[5];
+  await replicas[free].release(2);
+  for (let i = 0; i < 6; i++) if (order[i] === free) assert.equal(await streams[i].text(), "1 ");
+  await another();
+  await another();
+  assert.deepEqual(order.slice(6), [free, free], "not simply the next ones in turn");
+  await Promise.all(replicas.map((replica) => replica.release(2)));
+  for (const one of streams) await one.text();
 });
 
 test("when a replica is killed, only streams that had begun are lost", async (t) => {
@@ -318,8 +327,12 @@ test("bounds: large requests, many requests, and what is not for everybody", asy
   const large = await fetch(`${balancer.address}/completion`, { method: "POST", body: "x".repeat(9 << 20), headers: { Authorization: "Bearer a" } });
   assert.equal(large.status, 413);
   assert.equal((await large.json()).error.code, 413);
+  const smaller = await fetch(`${balancer.address}/completion`, { method: "POST", body: "x".repeat(7 << 20), headers: { Authorization: "Bearer a" } });
+  assert.equal(smaller.status, 400, "a replica has read it");
   for (const path of ["/metrics", "/slots", "/slots/0?action=erase"]) {
-    assert.equal((await fetch(balancer.address + path, { headers: { Authorization: "Bearer b" } })).status, 404, path);
+    const answer = await fetch(balancer.address + path, { headers: { Authorization: "Bearer b" } });
+    assert.equal(answer.status, 404, path);
+    assert.match(await answer.text(), /nginx/, "no replica has been asked");
   }
   const answers = await Promise.all(Array.from({ length: 120 }, () => fetch(`${balancer.address}/props`, { headers: { Authorization: "Bearer c" } })));
   const refused = answers.filter(({ status }) => status === 429);

@@ -254,6 +254,10 @@ func (s *standin) complete(w http.ResponseWriter, r *http.Request) {
 		NPredict  int `json:"n_predict"`
 		MaxTokens int `json:"max_tokens"`
 	}
+	rec := &record{Path: r.URL.Path, Session: r.Header.Get("X-Session-Id")}
+	s.mu.Lock()
+	s.records = append(s.records, rec) // before the body is read: a test looks how long that takes
+	s.mu.Unlock()
 	raw := json.RawMessage{}
 	if err := json.NewDecoder(r.Body).Decode(&raw); err != nil {
 		refuse(w, 400, "invalid_request_error", err.Error(), nil)
@@ -268,9 +272,8 @@ func (s *standin) complete(w http.ResponseWriter, r *http.Request) {
 	if chat && len(body.Messages) > 0 {
 		prompt, limit = body.Messages[len(body.Messages)-1].Content, body.MaxTokens
 	}
-	rec := &record{Path: r.URL.Path, Session: r.Header.Get("X-Session-Id"), Body: raw, Prompt: prompt}
 	s.mu.Lock()
-	s.records = append(s.records, rec)
+	rec.Body, rec.Prompt = raw, prompt
 	s.mu.Unlock()
 
 	if size := len(words(prompt)); size > slotContext {
