@@ -184,6 +184,17 @@ func (b *body) number(out *float32, low, high float64, names ...string) {
 	*out = float32(min(max(value, low), high))
 }
 
+// positive is number, for one that must be above 0.
+func (b *body) positive(out *float32, names ...string) {
+	value := *out
+	if b.number(&value, -math.MaxFloat32, math.MaxFloat32, names...); value <= 0 {
+		raw, name := b.get(names...)
+		b.fail(wrong(name, raw, "a number above 0"))
+		return
+	}
+	*out = value
+}
+
 func (b *body) boolean(out *bool, names ...string) {
 	read(b, out, "true or false", names...)
 }

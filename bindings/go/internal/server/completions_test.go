@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"math"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -122,6 +123,7 @@ func TestPromptShapes(t *testing.T) {
 		{"", 400, typeInvalidRequest, "the prompt is empty"},
 		{true, 400, typeInvalidRequest, "Field 'prompt': found true, expected a string"},
 		{object{}, 400, typeInvalidRequest, "Field 'prompt'"},
+		{make([]string, 3000), 400, typeInvalidRequest, "found 3000 prompts"},
 		{[]any{1, 2048}, 400, typeInvalidRequest, "found token 2048, expected 0 to 2047"},
 		{[]any{1, -1}, 400, typeInvalidRequest, "found token -1"},
 		{[]any{1, 1.5}, 400, typeInvalidRequest, "found token 1.5"},
@@ -308,6 +310,29 @@ func TestConstraints(t *testing.T) {
 	} {
 		request["prompt"] = "a"
 		ts.refuses("POST", "/completion", request, 400, typeInvalidRequest, name)
+	}
+}
+
+// TestExtremes asks for as much as JSON can say, one field at a time: an answer or a clear refusal.
+func TestExtremes(t *testing.T) {
+	ts := open(t, nil)
+	for name := range ts.post("/completion", object{"prompt": "a", "n_predict": 1})["generation_settings"].(object) {
+		for _, value := range []any{0, -1, 1, 0.5, -0.5, math.MaxInt32, -math.MaxInt32, 3e38, -3e38, 1e-40, 1e300, true, "text", []int{1}, object{}} {
+			request := object{"prompt": "a", "n_predict": 2, "dry_multiplier": 1, "xtc_probability": 1, name: value}
+			if name == "stream" && value == true {
+				continue
+			}
+			switch status, answer := ts.call("POST", "/completion", request); status {
+			case http.StatusOK:
+			case http.StatusBadRequest, http.StatusNotImplemented:
+				message := answer.(object)["error"].(object)["message"].(string)
+				if !strings.Contains(message, name) && name != "max_tokens" {
+					t.Errorf("%s: %v is refused without its name: %s", name, value, message)
+				}
+			default:
+				t.Errorf("%s: %v: status %d: %v", name, value, status, answer)
+			}
+		}
 	}
 }
 

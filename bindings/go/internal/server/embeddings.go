@@ -113,6 +113,9 @@ func (l *loaded) parseInputs(name string, raw json.RawMessage) ([][]phd.Token, e
 	if len(elements) == 0 {
 		return nil, badRequest("\"%s\" must not be empty", name)
 	}
+	if len(elements) > maxPrompts {
+		return nil, badRequest("Field '%s': found %d texts, expected at most %d", name, len(elements), maxPrompts)
+	}
 	texts := make([][]phd.Token, len(elements))
 	for i, element := range elements {
 		var object map[string]json.RawMessage

@@ -131,6 +131,7 @@ func TestEmbeddingShapes(t *testing.T) {
 	} {
 		ts.refuses("POST", "/v1/embeddings", object{"input": input}, 400, typeInvalidRequest, "")
 	}
+	ts.refuses("POST", "/v1/embeddings", object{"input": make([]string, 3000)}, 400, typeInvalidRequest, "found 3000 texts")
 	ts.refuses("POST", "/v1/embeddings", object{}, 400, typeInvalidRequest, "must be provided")
 	ts.refuses("POST", "/v1/embeddings", object{"input": "a", "encoding_format": 1}, 400, typeInvalidRequest, "'encoding_format'")
 	ts.refuses("POST", "/v1/embeddings", object{"input": "a", "encoding_format": "hex"}, 400, typeInvalidRequest, "'encoding_format'")

@@ -196,7 +196,7 @@ func (b *body) sampling(set *settings) {
 	b.number(&o.MinP, 0, 1, "min_p")
 	b.number(&o.TypicalP, 0, 1, "typical_p")
 	b.number(&o.TopNSigma, -1, huge, "top_n_sigma")
-	b.number(&o.RepetitionPenalty, -huge, huge, "repeat_penalty")
+	b.positive(&o.RepetitionPenalty, "repeat_penalty")
 	b.number(&o.FrequencyPenalty, -huge, huge, "frequency_penalty")
 	b.number(&o.PresencePenalty, -huge, huge, "presence_penalty")
 	b.number(&o.XTCProbability, 0, 1, "xtc_probability")
@@ -214,6 +214,9 @@ func (b *body) sampling(set *settings) {
 	b.integer(&o.DRYPenaltyLastN, 0, most, "dry_penalty_last_n")
 	b.integer(&o.MinKeep, 0, most, "min_keep")
 	b.integer(&o.Mirostat, 0, 2, "mirostat")
+	if o.Mirostat == 2 {
+		b.positive(&o.MirostatTau, "mirostat_tau")
+	}
 	if o.Mirostat == 1 {
 		b.fail(notSupported("Field 'mirostat': version 1 is not supported, 2 is"))
 	}
@@ -454,6 +457,13 @@ func (set *settings) pickSeed() {
 func (set *settings) newSampler(model *phd.Model, index int) (*phd.Sampler, error) {
 	options := set.sampling
 	options.TopNSigma = max(options.TopNSigma, 0)
+	const most = 1 << 20 // more than any text has
+	options.PenaltyLastN = min(options.PenaltyLastN, most)
+	options.DRYPenaltyLastN = min(options.DRYPenaltyLastN, most)
+	if options.Mirostat == 0 {
+		defaults := defaultSettings().sampling
+		options.MirostatTau, options.MirostatEta = defaults.MirostatTau, defaults.MirostatEta // not looked at
+	}
 	sampler, err := model.NewEmptySampler(options.Seed + uint64(index))
 	if err != nil {
 		return nil, err

@@ -8,6 +8,9 @@ import (
 	phd "github.com/libphd/libphd/bindings/go"
 )
 
+// maxPrompts is how many prompts one request may have.
+const maxPrompts = 2048
+
 // promptShapes is what a prompt may be, for error messages.
 const promptShapes = "a string, an array of tokens and strings, or an object with prompt_string"
 
@@ -25,6 +28,9 @@ func (l *loaded) parsePrompts(name string, raw json.RawMessage) (prompts [][]phd
 	}
 	if len(elements) == 0 {
 		return nil, false, badRequest("\"%s\" must not be empty", name)
+	}
+	if len(elements) > maxPrompts {
+		return nil, false, badRequest("Field '%s': found %d prompts, expected at most %d", name, len(elements), maxPrompts)
 	}
 	for _, element := range elements {
 		prompt, err := l.parsePrompt(name, element)
