@@ -93,7 +93,7 @@ func (s *Server) props(w http.ResponseWriter, r *http.Request) error {
 		"ui":                 s.opts.UI != nil,
 		"ui_settings":        map[string]any{},
 		"chat_template":      l.template,
-		"chat_template_caps": map[string]any{},
+		"chat_template_caps": l.chat.withTools.Capabilities(),
 		"bos_token":          l.spelling(phd.SpecialBOS),
 		"eos_token":          l.spelling(phd.SpecialEOS),
 		"build_info":         buildInfo(),
