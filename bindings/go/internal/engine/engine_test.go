@@ -584,28 +584,59 @@ func TestTriggers(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	word := strings.Fields(string(whole))[2]
-	before, _, _ := strings.Cut(string(whole), word)
+	// A token of several letters whose text stands nowhere before it, nor does its beginning.
+	var piece string
+	at := 0
+	for _, token := range alone(t, texts[0], 40) {
+		bytes, err := model().TokenBytes(token, false)
+		if err != nil {
+			t.Fatal(err)
+		}
+		piece = string(bytes)
+		if at > 0 && len(piece) >= 4 && strings.Index(string(whole), piece[:len(piece)-1]) == at {
+			break
+		}
+		at += len(piece)
+	}
+	beginning, last := piece[:len(piece)-1], piece[len(piece)-1:]
+	// Words that end with a token, and such that end within one: what the token says beyond them counts for the constraint.
+	for _, c := range []struct{ word, regex, follows string }{
+		{piece, `<[0-9]{3}>`, "<"},
+		{beginning, last + `<[0-9]{3}>`, last + "<"},
+	} {
+		before, _, _ := strings.Cut(string(whole), c.word)
+		p := params(t, texts[0], 40)
+		n := 0
+		p.Triggers = []Trigger{{Text: "never said"}, {Text: c.word, Constrain: func(s *phd.Sampler) error {
+			n++
+			return s.AddRegex(c.regex)
+		}}}
+		r := start(t, e, p).Wait()
+		if r.Err != nil {
+			t.Fatal(r.Err)
+		}
+		text, err := model().Detokenize(r.Tokens)
+		if err != nil {
+			t.Fatal(err)
+		}
+		rest, found := strings.CutPrefix(string(text), before+c.word+c.follows)
+		if !found || len(rest) < 4 || rest[3] != '>' {
+			t.Errorf("%q: after %q there is not what the constraint allows", text, before+c.word)
+			continue
+		}
+		if len(rest) <= 4 {
+			t.Errorf("%q: nothing follows the constrained part", text)
+		}
+		if n != 1+strings.Count(rest[4:], c.word) {
+			t.Errorf("%q: the trigger went off %d times", text, n)
+		}
+	}
+
+	// What was said beyond the words is not what the constraint allows: the text goes on freely.
 	p := params(t, texts[0], 40)
-	n := 0
-	p.Triggers = []Trigger{{Text: word, Constrain: func(s *phd.Sampler) error {
-		n++
-		return s.AddRegex(`<[0-9]{3}>`)
-	}}}
-	r := start(t, e, p).Wait()
-	text, err := model().Detokenize(r.Tokens)
-	if err != nil {
-		t.Fatal(err)
-	}
-	rest, found := strings.CutPrefix(string(text), before+word+"<")
-	if !found || len(rest) < 4 || rest[3] != '>' {
-		t.Errorf("%q: after %q there is not what the constraint allows", text, before+word)
-	}
-	if len(rest) <= 4 {
-		t.Errorf("%q: nothing follows the constrained part", text)
-	}
-	if n != 1+strings.Count(rest[4:], word) {
-		t.Errorf("%q: the trigger went off %d times", text, n)
+	p.Triggers = []Trigger{{Text: beginning, Constrain: func(s *phd.Sampler) error { return s.AddRegex(`<[0-9]{3}>`) }}}
+	if r := start(t, e, p).Wait(); r.Err != nil || !slices.Equal(r.Tokens, alone(t, texts[0], 40)) {
+		t.Errorf("%v, %v", r.Tokens, r.Err)
 	}
 	checkIdle(t, e)
 }

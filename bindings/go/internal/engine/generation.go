@@ -31,8 +31,8 @@ type Params struct {
 	Label       any // shown by Slots
 }
 
-// A Trigger binds the text after some words of it: as soon as the generated text ends with Text, Constrain is called with the
-// sampler. When the constraint it adds has come to its end it is removed, and the text goes on freely.
+// A Trigger binds the text after some words of it: as soon as Text has been generated, Constrain is called with the sampler.
+// When the constraint that it adds has come to its end it is removed, and the text goes on freely.
 type Trigger struct {
 	Text      string
 	Constrain func(*phd.Sampler) error
@@ -301,26 +301,45 @@ func (g *Generation) trigger(text string) error {
 		return nil
 	}
 	if g.bound {
-		done, err := g.params.Sampler.ConstraintDone()
-		if err != nil || !done {
-			return err
-		}
-		g.bound = false
-		g.recent = ""
-		return g.params.Sampler.RemoveConstraint()
+		return g.unbind()
 	}
-	g.recent += text
+	// A trigger may end within what a token has added: it begins no earlier than a trigger's length before that.
 	longest := 0
 	for _, t := range g.params.Triggers {
 		longest = max(longest, len(t.Text))
-		if strings.HasSuffix(g.recent, t.Text) {
-			g.bound = true
-			g.recent = ""
-			return t.Constrain(g.params.Sampler)
+	}
+	before := g.recent
+	g.recent = before[max(0, len(before)-max(0, longest-1)):] + text
+	first, which := len(g.recent), -1 // where the first trigger's words end
+	for i, t := range g.params.Triggers {
+		if at := strings.Index(g.recent, t.Text); at >= 0 && (which < 0 || at+len(t.Text) < first) {
+			first, which = at+len(t.Text), i
 		}
 	}
-	g.recent = g.recent[max(0, len(g.recent)-longest):]
-	return nil
+	if which < 0 {
+		return nil
+	}
+	sampler := g.params.Sampler
+	beyond := g.recent[first:]
+	g.recent = ""
+	if err := g.params.Triggers[which].Constrain(sampler); err != nil {
+		return err
+	}
+	if beyond != "" && sampler.ConstraintAccept(beyond) != nil {
+		return sampler.RemoveConstraint() // the model has gone another way already
+	}
+	g.bound = true
+	return g.unbind()
+}
+
+// unbind removes a trigger's constraint that has come to its end.
+func (g *Generation) unbind() error {
+	done, err := g.params.Sampler.ConstraintDone()
+	if err != nil || !done {
+		return err
+	}
+	g.bound = false
+	return g.params.Sampler.RemoveConstraint()
 }
 
 func fileSize(path string) (int64, error) {
