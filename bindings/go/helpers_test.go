@@ -1,14 +1,15 @@
 package phd
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"math"
 	"os"
-	"runtime"
 	"slices"
 	"sync"
 	"testing"
+	"time"
 )
 
 const (
@@ -45,7 +46,13 @@ func chat(t testing.TB) *Model {
 
 func newSession(t testing.TB, m *Model, o *SessionOptions) *Session {
 	t.Helper()
-	s, err := m.NewSession(o)
+	// One thread, which is enough for the demo model: more would wait for each other where tests share the machine.
+	options := SessionOptions{NThreads: 1}
+	if o != nil {
+		options = *o
+		options.NThreads = cmp.Or(options.NThreads, 1)
+	}
+	s, err := m.NewSession(&options)
 	must(t, err)
 	t.Cleanup(func() { must(t, s.Close()) })
 	return s
@@ -178,6 +185,6 @@ func spawn(group *sync.WaitGroup, f func()) {
 // spinUntil waits for what another goroutine is about to do.
 func spinUntil(condition func() bool) {
 	for !condition() {
-		runtime.Gosched()
+		time.Sleep(20 * time.Microsecond)
 	}
 }

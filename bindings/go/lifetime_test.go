@@ -35,7 +35,7 @@ type everything struct {
 func newEverything(t testing.TB) (e everything) {
 	t.Helper()
 	e.model = value[*Model](t)(LoadModel(background, demoPath, nil))
-	e.session = value[*Session](t)(e.model.NewSession(&SessionOptions{NDraft: 4, Progress: func(float32) bool {
+	e.session = value[*Session](t)(e.model.NewSession(&SessionOptions{NThreads: 1, NDraft: 4, Progress: func(float32) bool {
 		return e.session != nil // refers to the session itself
 	}}))
 	e.sampler = value[*Sampler](t)(e.model.NewSampler(nil))
@@ -236,7 +236,7 @@ func TestCloseOrder(t *testing.T) {
 // Many goroutines use what one of them closes.
 func TestCloseConcurrently(t *testing.T) {
 	before := liveObjects()
-	for range 5 {
+	for range 3 {
 		e := newEverything(t)
 		q := e.session.Sequence(0)
 		var group sync.WaitGroup
