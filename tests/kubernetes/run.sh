@@ -1,0 +1,6 @@
+#!/usr/bin/env bash
+# Checks the manifests in examples/kubernetes. The part about nginx needs it installed (tests/nginx/run.sh installs it).
+set -euo pipefail
+cd "$(dirname "$0")"
+go vet ./...
+go test -count=1 ./...
