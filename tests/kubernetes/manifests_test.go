@@ -289,7 +289,7 @@ func TestMemoryIsWhatTheProgramReports(t *testing.T) {
 	}
 }
 
-// The Ingress' snippets, put where the controller puts them, in a real nginx before three servers.
+// The Ingress' annotations, put where the controller puts them, in a real nginx before three servers.
 func TestIngressKeepsSessionsTogether(t *testing.T) {
 	program := "/usr/sbin/nginx"
 	if _, err := os.Stat(program); err != nil {
@@ -313,9 +313,10 @@ func TestIngressKeepsSessionsTogether(t *testing.T) {
 	dir := t.TempDir()
 	config := fmt.Sprintf(`events {} http { access_log off; client_max_body_size %s; proxy_connect_timeout %s; proxy_read_timeout %s;
 upstream replicas { zone replicas 256k; %s; %s keepalive %s; }
-server { listen %s; %s location / { proxy_http_version 1.1; proxy_set_header Connection ""; %s proxy_pass http://replicas; } } }`,
+server { listen %s; %s location / { proxy_http_version 1.1; proxy_set_header Connection "";
+proxy_next_upstream %s; proxy_next_upstream_tries %s; proxy_next_upstream_timeout %s; proxy_pass http://replicas; } } }`,
 		a("client-max-body-size"), a("proxy-connect-timeout"), a("proxy-read-timeout"), a("lb-method"), servers.String(), a("keepalive"),
-		address, a("server-snippets"), a("location-snippets"))
+		address, a("server-snippets"), a("proxy-next-upstream"), a("proxy-next-upstream-tries"), a("proxy-next-upstream-timeout"))
 	path := filepath.Join(dir, "nginx.conf")
 	if err := os.WriteFile(path, []byte(config), 0o600); err != nil {
 		t.Fatal(err)
