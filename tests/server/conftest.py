@@ -9,6 +9,7 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,26 +34,33 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-@pytest.fixture(scope="session")
-def server(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("server")
-    port, key = free_port(), "sk-test"
+@contextmanager
+def running(folder: Path, *arguments):
+    """A server that must end with status 0 when it is told to. Gives its URL."""
+    port = free_port()
     log = folder / "log.txt"
-    arguments = ["--model", MODEL, "--alias", "smollm2", "--host", "127.0.0.1", "--port", port, "--api-key", key]
-    arguments += ["--parallel", SLOTS, "--ctx-size", SLOTS * SLOT_CONTEXT, "--metrics", "--slots", "--embeddings", "--pooling", "last"]
+    command = [str(a) for a in [PROGRAM, "--host", "127.0.0.1", "--port", port, *arguments]]
     with log.open("wb") as out:
-        process = subprocess.Popen([str(a) for a in [PROGRAM, *arguments]], stdout=out, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
     try:
         wait_until_healthy(process, f"http://127.0.0.1:{port}/health", log)
-        yield Server(f"http://127.0.0.1:{port}", key)
+        yield f"http://127.0.0.1:{port}"
     finally:
         process.terminate()
         try:
-            status = process.wait(timeout=30)
+            status = process.wait(timeout=60)
         except subprocess.TimeoutExpired:
             process.kill()
             raise
     assert status == 0, f"the server ended with status {status}:\n{log.read_text()[-2000:]}"
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory):
+    key = "sk-test"
+    with running(tmp_path_factory.mktemp("server"), "--model", MODEL, "--alias", "smollm2", "--api-key", key, "--parallel", SLOTS,
+                 "--ctx-size", SLOTS * SLOT_CONTEXT, "--slots", "--embeddings", "--pooling", "last") as url:
+        yield Server(url, key)
 
 
 def wait_until_healthy(process: subprocess.Popen, url: str, log: Path) -> None:

@@ -63,7 +63,7 @@ def run(folder: Path, server: Path, arguments: argparse.Namespace) -> dict[str, 
         "PHD_SUITE_OUTCOMES": str(outcomes),
         "PYTHONPATH": str(HERE),
     }
-    command = [sys.executable, "-m", "pytest", "-p", "llama_suite_plugin", "-p", "no:cacheprovider", "--tb=short", "-q"]
+    command = [sys.executable, "-m", "pytest", "-p", "llama_suite_plugin", "-p", "no:cacheprovider", "--tb=short", "-v"]
     if arguments.workers > 1:
         command += ["-n", str(arguments.workers), "--dist=worksteal"]
     if arguments.select:

@@ -24,7 +24,7 @@ var kinds = []kind{
 	{"probe", 12, func(ctx context.Context, c *client) result { return c.probe(ctx) }},
 	{"hang up in the prompt", 8, func(ctx context.Context, c *client) result {
 		after := time.Duration(1+c.random.IntN(300)) * time.Millisecond
-		return c.hangUpInPrompt(ctx, c.newCompletion(c.server.context/2, 64, c.random.IntN(2) == 0), after)
+		return c.hangUpInPrompt(ctx, c.newCompletion(c.server.context/4, 64, c.random.IntN(2) == 0), after)
 	}},
 	{"hang up in the answer", 9, func(ctx context.Context, c *client) result {
 		r, _ := c.generate(ctx, c.newCompletion(30, 256, true), 1+c.random.IntN(12))

@@ -28,7 +28,7 @@ func (f *fake) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	case "/health":
 		fmt.Fprint(w, `{"status": "ok"}`)
 	case "/props":
-		fmt.Fprint(w, `{"total_slots": 2, "build_info": "fake", "default_generation_settings": {"n_ctx": 512}}`)
+		fmt.Fprint(w, `{"total_slots": 2, "build_info": "fake", "default_generation_settings": {"n_ctx": 1024}}`)
 	case "/slots":
 		fmt.Fprintf(w, `[{"id": 0, "is_processing": false}, {"id": 1, "is_processing": %v}]`, f.fault == "busy slot")
 	case "/slots/0", "/slots/1":
@@ -96,11 +96,11 @@ func (f *fake) generate(w http.ResponseWriter, r *http.Request) {
 	case !valid:
 		f.refuse(w, http.StatusBadRequest, "")
 		return
-	case words > 512 && f.fault == "no counts":
+	case words > 1024 && f.fault == "no counts":
 		w.WriteHeader(http.StatusBadRequest)
 		fmt.Fprint(w, `{"error": {"code": 400, "message": "no", "type": "exceed_context_size_error"}}`)
 		return
-	case words > 512:
+	case words > 1024:
 		f.refuse(w, http.StatusBadRequest, "")
 		return
 	case f.fault == "errors":

@@ -61,8 +61,8 @@ func newServer(ctx context.Context, cfg config) (*server, error) {
 		return nil, err
 	}
 	s.build, s.slots, s.context = props.Build, props.Slots, props.Defaults.Context
-	if s.slots < 1 || s.context < 512 {
-		return nil, fmt.Errorf("the server has %d slots of %d tokens; the load needs at least 512 each", s.slots, s.context)
+	if s.slots < 1 || s.context < 1024 {
+		return nil, fmt.Errorf("the server has %d slots of %d tokens; the load needs at least 1024 each", s.slots, s.context)
 	}
 	random := rand.New(rand.NewPCG(cfg.Seed, 1<<32))
 	for range 5 {
