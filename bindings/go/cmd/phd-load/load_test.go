@@ -133,11 +133,14 @@ func (f *fake) generate(w http.ResponseWriter, r *http.Request) {
 		return fmt.Sprintf(`{"choices": [{"message": {"role": "assistant", "content": %q}, "finish_reason": %s}], `+
 			`"usage": {"completion_tokens": 1, "prompt_tokens": 5}}`, text, reason)
 	}
+	const pieces = 12
 	if !body.Stream {
-		fmt.Fprint(w, object(text, true))
+		fmt.Fprint(w, object(strings.Repeat(text, pieces), true))
 		return
 	}
-	fmt.Fprintf(w, "data: %s\n\n", object(text, false))
+	for range pieces {
+		fmt.Fprintf(w, "data: %s\n\n", object(text, false))
+	}
 	if f.fault == "breaks off" {
 		w.(http.Flusher).Flush()
 		panic(http.ErrAbortHandler)
