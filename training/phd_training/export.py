@@ -42,14 +42,24 @@ def _with_rules(model, phd):
 def _load_gguf(path):
     """transformers dequantizes the vanilla base and takes llama.cpp's reordering of q and k back; `phd.*` is read beside it."""
     from gguf import GGUFReader
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist")
     fields = GGUFReader(path).fields
     rules = {key: int(fields[f"phd.{key}"].contents()) for key in ("copies", "window", "chunk") if f"phd.{key}" in fields}
-    base = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    if config.model_type not in FAMILIES:
+        raise ValueError(f"{path}: architecture {config.model_type!r}, expected one of {', '.join(FAMILIES)}")
+    head_dim = fields.get(f"{fields['general.architecture'].contents()}.attention.key_length")
+    if head_dim is not None:  # transformers takes Qwen3's usual 128
+        config.head_dim = int(head_dim.contents())
+    base, found = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, config=config, dtype=torch.float32,
+                                                       output_loading_info=True)
+    wrong = [*found["mismatched_keys"], *found["missing_keys"]]
+    if wrong:  # transformers would go on with random weights
+        raise ValueError(f"{path}: no fitting weights for {', '.join(map(str, wrong))}")
     config = base.config.to_dict()
-    if config["model_type"] not in FAMILIES:
-        raise ValueError(f"{path}: architecture {config['model_type']!r}, expected one of {', '.join(FAMILIES)}")
     config.pop("architectures", None)
     model = PhdForCausalLM(PhdConfig(**{**config, "phd": rules or None}))
     model.load_state_dict(base.state_dict())

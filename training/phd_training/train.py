@@ -258,7 +258,7 @@ def train(args):
 
     model.config._attn_implementation = args.attention or ("flex_attention" if device == "cuda" else "sdpa")
     if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        model.activation_checkpointing_enable()
     model.to(device).train()
     plain = model
     if args.compile:
