@@ -19,7 +19,6 @@ const closedBit = 1 << 62
 
 // enter reports whether the object is open; then leave must follow.
 func (g *gate) enter() bool {
-	maybeGC()
 	if g.state.Add(1)&closedBit != 0 {
 		g.leave()
 		return false
@@ -29,7 +28,6 @@ func (g *gate) enter() bool {
 
 // leave ends what enter began. As it writes into the object, the object is reachable until here.
 func (g *gate) leave() {
-	maybeGC()
 	if g.state.Add(-1) == closedBit {
 		g.mu.Lock()
 		g.drained.Broadcast()

@@ -185,7 +185,9 @@ func (m *Model) enter() (*C.phd_model, error) {
 	if !m.gate.enter() {
 		return nil, ErrClosed
 	}
-	return m.ptr, nil
+	ptr := m.ptr
+	maybeGC()
+	return ptr, nil
 }
 
 // Info describes the model.

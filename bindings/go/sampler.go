@@ -174,18 +174,18 @@ func (m *Model) NewEmptySampler(seed uint64) (*Sampler, error) {
 
 // enter locks the sampler and returns it for C; then leave must follow.
 func (s *Sampler) enter() (*C.phd_sampler, error) {
-	maybeGC()
 	s.mu.Lock()
 	if s.ptr == nil {
 		s.mu.Unlock()
 		return nil, ErrClosed
 	}
-	return s.ptr, nil
+	ptr := s.ptr
+	maybeGC()
+	return ptr, nil
 }
 
 // leave ends what enter began. As it writes into s, s is reachable until here.
 func (s *Sampler) leave() {
-	maybeGC()
 	s.mu.Unlock()
 }
 

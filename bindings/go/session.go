@@ -42,7 +42,8 @@ type SessionOptions struct {
 	BatchInvariant bool
 
 	// Progress, if not nil, is told the fraction done between the passes of a long prefill. Returning false cancels the
-	// call. It must not use the session: such calls fail. If it panics, the call is cancelled and panics.
+	// call. It must not use the session: such calls fail. If it panics, the call is cancelled and panics. It must not end
+	// its goroutine by runtime.Goexit, as t.FailNow does.
 	Progress func(fraction float32) bool
 }
 
@@ -248,7 +249,9 @@ func (s *Session) begin(ctx context.Context, q *Sequence) (*C.phd_session, error
 		s.watched = q
 		s.stop = context.AfterFunc(ctx, s.onDone)
 	}
-	return s.ptr, nil
+	ptr := s.ptr
+	maybeGC()
+	return ptr, nil
 }
 
 // end ends what begin began: it settles what has become of requests to cancel, lets the next call in, and makes an error
@@ -297,7 +300,9 @@ func (s *Session) beginRead() (*C.phd_session, error) {
 		}
 		s.rows.RLock()
 	}
-	return s.ptr, nil
+	ptr := s.ptr
+	maybeGC()
+	return ptr, nil
 }
 
 func (s *Session) endRead() {

@@ -106,18 +106,18 @@ func freeSpeculator(ptr *C.phd_speculator) {
 
 // enter locks the speculator and returns it for C; then leave must follow.
 func (s *Speculator) enter() (*C.phd_speculator, error) {
-	maybeGC()
 	s.mu.Lock()
 	if s.ptr == nil {
 		s.mu.Unlock()
 		return nil, ErrClosed
 	}
-	return s.ptr, nil
+	ptr := s.ptr
+	maybeGC()
+	return ptr, nil
 }
 
 // leave ends what enter began. As it writes into s, s is reachable until here.
 func (s *Speculator) leave() {
-	maybeGC()
 	s.mu.Unlock()
 }
 

@@ -43,18 +43,18 @@ func freeStream(ptr *C.phd_stream) {
 
 // enter locks the stream and returns it for C; then leave must follow.
 func (s *Stream) enter() (*C.phd_stream, error) {
-	maybeGC()
 	s.mu.Lock()
 	if s.ptr == nil {
 		s.mu.Unlock()
 		return nil, ErrClosed
 	}
-	return s.ptr, nil
+	ptr := s.ptr
+	maybeGC()
+	return ptr, nil
 }
 
 // leave ends what enter began. As it writes into s, s is reachable until here.
 func (s *Stream) leave() {
-	maybeGC()
 	s.mu.Unlock()
 }
 
