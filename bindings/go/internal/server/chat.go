@@ -269,8 +269,9 @@ func (c *chat) constrain() error {
 	return nil
 }
 
-// maxGrammar leaves room below the library's bound on grammars.
-const maxGrammar = 100 << 10
+// maxGrammar is how much room there is for the tools' schemas within the library's bound on grammars, with as many tools as there
+// may be.
+const maxGrammar = 56 << 10
 
 // checkTools looks whether the tools' schemas can be enforced. Arguments of those that cannot may be any object, unless the
 // request insists.

@@ -11,7 +11,7 @@ import (
 
 // Bounds of a conversation; the size of the request bounds the rest.
 const (
-	maxTools    = 1024
+	maxTools    = 256
 	maxToolName = 256
 )
 

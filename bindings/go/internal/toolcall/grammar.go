@@ -202,50 +202,27 @@ func (p *Plan) Loosen(tool int) {
 	p.options.Tools[tool].Parameters = json.RawMessage(`{"type":"object","additionalProperties":true}`)
 }
 
-// triggers are the words that begin calls. A token may hold the end of such a word and what follows it, so that there is
-// one for each of the likely ways in which that goes.
+// triggers are the words that begin calls.
 func (p *Plan) triggers(v Vocabulary) []Trigger {
 	s := p.syntax
+	if s.trigger != "" {
+		g := p.grammar(v)
+		g.calls("calls", func(text string) string { return strings.TrimLeft(text[len(s.trigger):], white) })
+		g.rule("start", optionalSpace, "calls")
+		return []Trigger{{Text: s.trigger, Grammar: g.String()}}
+	}
+	// What begins like a call of a tool might be an example in JSON; with the tool's name in it, it is none.
 	var triggers []Trigger
-	seen := map[string]bool{}
-	add := func(text string, g *grammar, cut func(string) string, space bool) {
-		if seen[text] {
-			return
-		}
-		seen[text] = true
-		g.calls("calls", cut)
-		if space {
-			g.rule("start", optionalSpace, "calls")
-		} else {
-			g.rule("start", "calls")
-		}
-		triggers = append(triggers, Trigger{Text: text, Grammar: g.String()})
-	}
-	if s.trigger == "" {
-		for i, tool := range p.options.Tools {
-			head := strings.TrimSuffix(s.first.text("")+s.head.text(tool.Name), "{")
-			at := strings.Index(head, tool.Name) + len(tool.Name)
-			for n := at + 1; n <= min(at+4, len(head)); n++ {
-				g := p.grammar(v)
-				g.tools = p.options.Tools[i : i+1]
-				add(head[:n], g, func(text string) string { return text[n:] }, false)
-			}
-		}
-		return triggers
-	}
-	// What follows the word is the same for all tools up to the name.
-	head := s.first.text("") + s.head.text("\x00")
-	after := head[len(s.trigger):]
-	after = after[:strings.IndexByte(after, 0)]
-	bare := strings.TrimLeft(after, white)
-	for _, space := range []string{"", "\n", " ", "\n\n"} {
-		if space != "" && (bare == after && s.first == nil) {
-			continue // white space is not expected there
-		}
-		for n := 0; n <= min(3, len(bare)) && strings.Trim(bare[:n], `[{"`) == ""; n++ {
-			add(s.trigger+space+bare[:n], p.grammar(v), func(text string) string {
-				return strings.TrimLeft(text[len(s.trigger):], white)[n:]
-			}, n == 0 && bare != "")
+	for i, tool := range p.options.Tools {
+		g := p.grammar(v)
+		g.tools = p.options.Tools[i : i+1]
+		head := s.first.text("") + s.head.text(tool.Name)
+		n := strings.IndexByte(s.first.text("")+s.head.text("\x00"), 0) + len(tool.Name) + 1
+		g.calls("calls", func(text string) string { return text[n:] })
+		g.rule("start", "calls")
+		triggers = append(triggers, Trigger{Text: head[:n], Grammar: g.String()})
+		if compact := strings.ReplaceAll(head[:n], ": ", ":"); compact != head[:n] {
+			triggers = append(triggers, Trigger{Text: compact, Grammar: g.String()})
 		}
 	}
 	return triggers
