@@ -182,16 +182,13 @@ func (t *Tool) ArgumentSchema() json.RawMessage {
 		return json.RawMessage(`{"type":"object","additionalProperties":false}`)
 	}
 	var fields map[string]json.RawMessage
-	if json.Unmarshal(t.Parameters, &fields) != nil || fields["type"] == nil && fields["properties"] == nil {
+	if json.Unmarshal(t.Parameters, &fields) != nil || fields["properties"] == nil {
 		return t.Parameters
 	}
 	for _, other := range []string{"additionalProperties", "patternProperties", "unevaluatedProperties", "allOf", "anyOf", "oneOf", "$ref", "if", "not"} {
 		if fields[other] != nil {
 			return t.Parameters
 		}
-	}
-	if fields["properties"] == nil && fields["required"] != nil {
-		return t.Parameters
 	}
 	text := strings.TrimLeft(string(t.Parameters), white)
 	return json.RawMessage(`{"additionalProperties":false,` + text[1:])

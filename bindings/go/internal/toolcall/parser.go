@@ -331,7 +331,7 @@ func unescape(text string) (string, int) {
 	if text[1] != 'u' {
 		return text[:1], 1 // not JSON: as it is
 	}
-	unit, n, ok := hex(text)
+	unit, n, ok := unit16(text)
 	if n == 0 || !ok {
 		return text[:n], n
 	}
@@ -342,7 +342,7 @@ func unescape(text string) (string, int) {
 	if rest := text[n:]; len(rest) < 2 && strings.HasPrefix(`\u`, rest) {
 		return "", 0
 	} else if strings.HasPrefix(rest, `\u`) {
-		second, m, ok := hex(rest)
+		second, m, ok := unit16(rest)
 		if m == 0 {
 			return "", 0
 		}
@@ -353,8 +353,8 @@ func unescape(text string) (string, int) {
 	return string(utf8.RuneError), n
 }
 
-// hex reads \uXXXX: its length, 0 if there is more to come; not ok: it is something else.
-func hex(text string) (unit rune, n int, ok bool) {
+// unit16 reads \uXXXX: its length, 0 if there is more to come; not ok: it is something else.
+func unit16(text string) (unit rune, n int, ok bool) {
 	for n = 2; n < 6; n++ {
 		if n == len(text) {
 			return 0, 0, false

@@ -2,6 +2,8 @@ package toolcall
 
 import (
 	"bytes"
+	"crypto/sha256"
+	"encoding/hex"
 	"encoding/json"
 	"slices"
 	"strings"
@@ -58,6 +60,9 @@ func (p *Plan) Format() string {
 
 // Calls says whether the answer may have calls.
 func (p *Plan) Calls() bool { return p.syntax != nil }
+
+// Tools are those that may be called.
+func (p *Plan) Tools() []Tool { return p.options.Tools }
 
 // Markers are words that mean something in the answer, and in some vocabularies are control tokens.
 func (p *Plan) Markers() []string {
@@ -136,6 +141,13 @@ func (p *Plan) Messages(messages []Message) json.RawMessage {
 		if m.Role == "developer" && !t.Developer {
 			m.Role = "system"
 		}
+		if t.syntax != nil && t.syntax.idLength > 0 {
+			m.CallID = shortID(m.CallID, t.syntax.idLength)
+			m.Calls = slices.Clone(m.Calls)
+			for i := range m.Calls {
+				m.Calls[i].ID = shortID(m.Calls[i].ID, t.syntax.idLength)
+			}
+		}
 		w.messages = append(w.messages, m)
 	}
 	if p.describe {
@@ -145,6 +157,19 @@ func (p *Plan) Messages(messages []Message) json.RawMessage {
 		w.mergeSystem()
 	}
 	return w.render()
+}
+
+// shortID makes an ID one of n letters and digits, the same each time. Conversations come with the IDs of other servers.
+func shortID(id string, n int) string {
+	isShort := len(id) == n
+	for i := 0; i < len(id); i++ {
+		isShort = isShort && isIdentifier(id[i]) && id[i] != '_' && id[i] != '-'
+	}
+	if id == "" || isShort {
+		return id
+	}
+	sum := sha256.Sum256([]byte(id))
+	return hex.EncodeToString(sum[:])[:n]
 }
 
 // RenderTools is what the template gets of the tools; nil: nothing.
@@ -188,6 +213,10 @@ func (p *Plan) instructions() string {
 		b.WriteByte('\n')
 	}
 	call := join(p.syntax.first, p.syntax.head).text("NAME") + `"ARGUMENT": VALUE}` + join(p.syntax.tail, p.syntax.last).text("")
+	answer := `"ANSWER"`
+	if p.options.Schema != nil {
+		answer = "ANSWER"
+	}
 	switch {
 	case p.syntax.response == nil:
 		b.WriteString("To call a function, write:\n" + call)
@@ -195,7 +224,7 @@ func (p *Plan) instructions() string {
 		b.WriteString("Answer with a JSON object and nothing else, and call a function: " + call)
 	default:
 		b.WriteString("Answer with a JSON object and nothing else. To call a function: " + call +
-			` To answer the user: ` + p.syntax.response.text("") + `ANSWER}`)
+			` To answer the user: ` + p.syntax.response.text("") + answer + `}`)
 	}
 	return b.String()
 }
@@ -354,6 +383,3 @@ func (c *conversation) render() json.RawMessage {
 	}
 	return encode(out)
 }
-
-// Tools are those that may be called.
-func (p *Plan) Tools() []Tool { return p.options.Tools }
