@@ -1,4 +1,5 @@
 // A browser for the tests.
+import assert from "node:assert/strict";
 import { mkdtemp, rm } from "node:fs/promises";
 import { createRequire } from "node:module";
 import { tmpdir } from "node:os";
@@ -21,3 +22,33 @@ export async function launch() {
   });
   return { browser, async close() { await browser.close(); await rm(profile, { recursive: true, force: true }); } };
 }
+
+// Opens a server's page. However the test goes on: nothing is asked of another origin, and neither the script nor the policy
+// complains, but for what is `expected`.
+export async function openPage(t, chromium, server, { context = {}, prepare, expected = /(?!)/ } = {}) {
+  const session = await chromium.browser.newContext({ viewport: { width: 1200, height: 800 }, reducedMotion: "reduce", ...context });
+  const page = await session.newPage();
+  page.setDefaultTimeout(15_000);
+  const complaints = [], requests = [];
+  page.on("pageerror", (error) => complaints.push(String(error)));
+  page.on("console", (entry) => { if (entry.type() === "error" && !/Failed to load resource/.test(entry.text())) complaints.push(entry.text()); });
+  page.on("dialog", (dialog) => { complaints.push(`a dialog: ${dialog.message()}`); dialog.dismiss(); });
+  session.on("request", (request) => requests.push(request.url()));
+  t.after(async () => {
+    await session.close();
+    assert.deepEqual(complaints.filter((text) => !expected.test(text)), []);
+    const elsewhere = requests.filter((url) => new URL(url).origin !== server.address && !url.startsWith("data:"));
+    assert.deepEqual(elsewhere, [], "requests to other origins");
+  });
+  await prepare?.(page, server);
+  await page.goto(server.address);
+  return {
+    session, page,
+    ask: async (text) => { await page.fill("#message", text); await page.press("#message", "Enter"); },
+    answers: page.locator("article.answer"),
+    finished: (text) => page.locator("article.answer[aria-busy=false] .body", { hasText: text }).last().waitFor(),
+  };
+}
+
+// What the server says of its model has arrived.
+export const ready = (page, name = "stand-in") => page.locator("#name", { hasText: name }).waitFor();

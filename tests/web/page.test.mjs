@@ -1,7 +1,7 @@
 // The page in a browser, against a server whose answers are known and whose tokens come when the test says so.
 import assert from "node:assert/strict";
 import { after, before, test } from "node:test";
-import { axePath, launch } from "./harness.mjs";
+import { axePath, launch, openPage, ready } from "./harness.mjs";
 import { eventually, standin } from "./servers.mjs";
 
 let chromium;
@@ -10,34 +10,13 @@ after(async () => { await chromium.close(); });
 
 const PHONE = { viewport: { width: 360, height: 640 }, hasTouch: true, isMobile: true };
 
-// Opens the page of a new stand-in. However the test goes on: nothing is asked of another origin, and neither the script nor the
-// policy complains.
-async function open(t, { options = [], context = {}, prepare, expected = /(?!)/ } = {}) {
+// The page of a new stand-in.
+async function open(t, { options = [], ...more } = {}) {
   const server = await standin(...options);
-  const session = await chromium.browser.newContext({ viewport: { width: 1200, height: 800 }, reducedMotion: "reduce", ...context });
-  const page = await session.newPage();
-  page.setDefaultTimeout(15_000);
-  const complaints = [], requests = [];
-  page.on("pageerror", (error) => complaints.push(String(error)));
-  page.on("console", (entry) => { if (entry.type() === "error" && !/Failed to load resource/.test(entry.text())) complaints.push(entry.text()); });
-  page.on("dialog", (dialog) => { complaints.push(`a dialog: ${dialog.message()}`); dialog.dismiss(); });
-  session.on("request", (request) => requests.push(request.url()));
-  t.after(async () => {
-    await session.close();
-    await server.close();
-    assert.deepEqual(complaints.filter((text) => !expected.test(text)), []);
-    const elsewhere = requests.filter((url) => new URL(url).origin !== server.address && !url.startsWith("data:"));
-    assert.deepEqual(elsewhere, [], "requests to other origins");
-  });
-  await prepare?.(page, server);
-  await page.goto(server.address);
-  const ask = async (text) => { await page.fill("#message", text); await page.press("#message", "Enter"); };
-  const answers = page.locator("article.answer");
-  const finished = (text) => page.locator("article.answer[aria-busy=false] .body", { hasText: text }).last().waitFor();
-  return { server, session, page, ask, answers, finished };
+  t.after(() => server.close());
+  return { server, ...(await openPage(t, chromium, server, more)) };
 }
 
-const ready = (page, name = "stand-in") => page.locator("#name", { hasText: name }).waitFor();
 test("an answer is streamed, read out once, and kept over a reload", async (t) => {
   const { server, page, ask, answers, finished } = await open(t);
   await ready(page);
@@ -381,8 +360,9 @@ test("events cut anywhere, with comments, any line ends and thoughts", async (t)
   assert.ok(!(await page.isVisible("details.thoughts div")));
 });
 
-test("models without a chat template continue a text", async (t) => {
-  const { server, page, ask, finished } = await open(t, { options: ["-chat-template", ""] });
+for (const template of ["", "{% for m in messages %}<|im_start|>{{ m }}"]) {
+test(`models ${template ? "to which ChatML is foreign" : "without a chat template"} continue a text`, async (t) => {
+  const { server, page, ask, finished } = await open(t, { options: ["-chat-template", template] });
   await page.locator("#welcome-name", { hasText: "Begin a text" }).waitFor();
   await ask("@say and so on");
   await finished("and so on");
@@ -417,6 +397,7 @@ test("models without a chat template continue a text", async (t) => {
   assert.equal((await server.log())[3].body.n_predict, 2);
   assert.match(await page.locator(".stats").last().textContent(), /limit of tokens reached/);
 });
+}
 
 const HOSTILE = [
   "<img src=x onerror='hacked=1'>", "<script>hacked=1</script>", "<iframe srcdoc='<script>parent.hacked=1</script>'></iframe>",

@@ -134,6 +134,9 @@ func (s *standin) routes() http.Handler {
 		})
 	}))
 	mux.HandleFunc("GET /phd/state", s.authorized(s.state))
+	mux.HandleFunc("POST /tokenize", s.authorized(func(w http.ResponseWriter, _ *http.Request) {
+		reply(w, 200, map[string]any{"tokens": []int{27, 91, 320, 62}}) // no special token is known
+	}))
 	mux.HandleFunc("POST /v1/chat/completions", s.authorized(s.complete))
 	mux.HandleFunc("POST /completion", s.authorized(s.complete))
 	mux.HandleFunc("POST /standin/release", func(_ http.ResponseWriter, r *http.Request) {
