@@ -12,17 +12,18 @@ import (
 	"github.com/libphd/libphd/bindings/go/internal/toolcall"
 )
 
-// namedTemplates are chat templates that can be chosen by name.
+// namedTemplates are chat templates that can be chosen by name. The token that begins a text is not in them: tokenize adds it for
+// models that want it.
 var namedTemplates = map[string]string{
 	"chatml": `{%- for message in messages -%}
 {{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' -}}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}`,
-	"llama3": `{{- bos_token -}}{%- for message in messages -%}
+	"llama3": `{%- for message in messages -%}
 {{- '<|start_header_id|>' + message.role + '<|end_header_id|>\n\n' + message.content | trim + '<|eot_id|>' -}}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' -}}{%- endif -%}`,
-	"gemma": `{{- bos_token -}}{%- for message in messages -%}
+	"gemma": `{%- for message in messages -%}
 {%- if message.role == 'system' -%}{{- raise_exception('no system role') -}}{%- endif -%}
 {{- '<start_of_turn>' + ('model' if message.role == 'assistant' else message.role) + '\n' + message.content | trim + '<end_of_turn>\n' -}}
 {%- endfor -%}
@@ -35,7 +36,7 @@ var namedTemplates = map[string]string{
 {{- '<|' + message.role + '|>\n' + message.content + eos_token + '\n' -}}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- '<|assistant|>\n' -}}{%- endif -%}`,
-	"command-r": `{{- bos_token -}}{%- for message in messages -%}
+	"command-r": `{%- for message in messages -%}
 {%- set who = {'system': '<|SYSTEM_TOKEN|>', 'user': '<|USER_TOKEN|>', 'assistant': '<|CHATBOT_TOKEN|>'} -%}
 {{- '<|START_OF_TURN_TOKEN|>' + who[message.role] + message.content | trim + '<|END_OF_TURN_TOKEN|>' -}}
 {%- endfor -%}
@@ -98,7 +99,7 @@ func newChatTemplates(model *phd.Model, opts *Options, log *slog.Logger) (*chatT
 	return c, nil
 }
 
-// Source is the template that is used for conversations without tools.
+// text is the template that is used for conversations without tools.
 func (c *chatTemplates) text() string {
 	if c.source != "" {
 		return c.source
@@ -110,16 +111,28 @@ func (c *chatTemplates) text() string {
 // renderWith renders small conversations with one of the model's templates.
 func (c *chatTemplates) renderWith(name string) toolcall.Render {
 	return func(messages, tools json.RawMessage) (string, error) {
-		return c.model.RenderChat(phd.ChatOptions{Messages: messages, Tools: tools, Template: c.source, Name: name})
+		return c.renderAs(name, messages, tools, nil, false)
 	}
 }
 
 // render makes a prompt of a conversation.
 func (c *chatTemplates) render(messages, tools json.RawMessage, variables map[string]json.RawMessage, generate bool) (string, error) {
+	return c.renderAs("", messages, tools, variables, generate)
+}
+
+func (c *chatTemplates) renderAs(name string, messages, tools json.RawMessage, variables map[string]json.RawMessage, generate bool) (string, error) {
 	now := time.Now()
 	all := map[string]json.RawMessage{
 		"date_string": json.RawMessage(now.Format(`"02 Jan 2006"`)),
 		"datetime":    json.RawMessage(now.Format(`"Jan 02 2006"`)),
+	}
+	if strings.Contains(c.text(), "functools[") {
+		// FireFunction's template takes the tools as a text of this name, and must have it.
+		functions, err := json.Marshal(string(tools))
+		if err != nil {
+			return "", err
+		}
+		all["functions"] = functions
 	}
 	for name, value := range variables {
 		all[name] = value
@@ -129,7 +142,8 @@ func (c *chatTemplates) render(messages, tools json.RawMessage, variables map[st
 		return "", err
 	}
 	text, err := c.model.RenderChat(phd.ChatOptions{
-		Messages: messages, Tools: tools, Variables: encoded, Template: c.source, Now: now, AddGenerationPrompt: generate,
+		Messages: messages, Tools: tools, Variables: encoded, Template: c.source, Name: name, Now: now,
+		AddGenerationPrompt: generate,
 	})
 	if err != nil {
 		return "", badRequest("the chat template refuses the conversation: %v", err)
