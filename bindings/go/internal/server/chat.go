@@ -3,6 +3,7 @@ package server
 import (
 	"context"
 	"encoding/json"
+	"log/slog"
 	"maps"
 	"net/http"
 	"slices"
@@ -73,6 +74,9 @@ func (s *Server) newChat(b *body) (*chat, error) {
 		return nil, err
 	}
 	c.set.pickSeed()
+	if !b.has("verbose") && s.log.Enabled(context.Background(), slog.LevelDebug) {
+		c.set.verbose = true // as llama-server does
+	}
 	if err := c.parseLogprobs(b); err != nil {
 		return nil, err
 	}

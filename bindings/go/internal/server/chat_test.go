@@ -6,6 +6,8 @@ import (
 	"encoding/json"
 	"flag"
 	"fmt"
+	"io"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"reflect"
@@ -1209,6 +1211,22 @@ func bodyOf(t *testing.T, fields object) *body {
 		t.Fatal(err)
 	}
 	return b
+}
+
+// Who looks for faults sees the prompts.
+func TestDebugLogShowsPrompts(t *testing.T) {
+	ts := open(t, func(o *Options) {
+		o.Logger = slog.New(slog.NewTextHandler(io.Discard, &slog.HandlerOptions{Level: slog.LevelDebug}))
+	})
+	request := object{"messages": []any{object{"role": "user", "content": "Book"}}, "max_tokens": 1}
+	verbose, _ := ts.post("/v1/chat/completions", request)["__verbose"].(object)
+	if prompt, _ := verbose["prompt"].(string); !strings.Contains(prompt, "Book") {
+		t.Errorf("%v", verbose)
+	}
+	request["verbose"] = false
+	if answer := ts.post("/v1/chat/completions", request); answer["__verbose"] != nil {
+		t.Errorf("%v", answer)
+	}
 }
 
 func TestControlAnswers(t *testing.T) {
