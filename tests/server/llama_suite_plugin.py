@@ -51,8 +51,9 @@ def pytest_configure(config):
     def start_on_model(self, *args, **kwargs):
         self.server_port = port
         self.offline = False
-        if self.model_hf_repo:
+        if self.model_hf_repo or _case.model:
             self.model_file, self.model_hf_repo, self.model_hf_file = model, None, None
+        self.jinja = self.jinja or _case.jinja
         if self.n_threads is None:
             self.n_threads = threads
         if self.server_embeddings and self.pooling is None:
