@@ -357,8 +357,8 @@ func (s *standin) complete(w http.ResponseWriter, r *http.Request) {
 			panic(http.ErrAbortHandler)
 		}
 		s.update(id, func(sl *slot) {
-			sl.Past++
 			sl.Decoded++
+			sl.Past = nPrompt + sl.Decoded - 1 // the newest token has still to be read
 			sl.TokensPerSecond = 64.5
 			s.predicted++
 			rec.Sent++
