@@ -100,9 +100,9 @@ func TestEndedContextMakesNoCall(t *testing.T) {
 
 // A context that ends when C has finished must not cancel the next call.
 func TestLateContext(t *testing.T) {
-	q := newDemoSequence(t)
-	s := q.Session()
-	lateCall := func(during func()) {
+	s := newSession(t, demo(t), &SessionOptions{NSequences: 2})
+	q, other := s.Sequence(0), s.Sequence(1)
+	lateCall := func(q *Sequence, during func()) {
 		t.Helper()
 		ctx, cancel := context.WithCancel(background)
 		_, err := s.begin(ctx, q)
@@ -112,10 +112,10 @@ func TestLateContext(t *testing.T) {
 		during()
 		must(t, s.end(ctx, q, nil, cStatus(StatusOK)))
 	}
-	lateCall(func() {})
+	lateCall(q, func() {})
 	must(t, q.Step(background, 1))
 	// What Cancel asked for meanwhile must.
-	lateCall(q.Cancel)
+	lateCall(q, q.Cancel)
 	err := q.Step(background, 1)
 	wantError(t, err, ErrCancelled)
 	if errors.Is(err, context.Canceled) {
@@ -123,12 +123,16 @@ func TestLateContext(t *testing.T) {
 	}
 	must(t, q.Step(background, 1))
 	// Unless it was taken back, or was there before and has been used up.
-	lateCall(func() { q.Cancel(); q.CancelClear() })
+	lateCall(q, func() { q.Cancel(); q.CancelClear() })
 	must(t, q.Step(background, 1))
 	q.Cancel()
 	wantError(t, q.Step(background, 1), ErrCancelled)
-	lateCall(func() {})
+	lateCall(q, func() {})
 	must(t, q.Step(background, 1))
+	other.Cancel()
+	wantError(t, s.Decode(background, []Entry{{Sequence: q, Tokens: []Token{1}}, {Sequence: other, Tokens: []Token{1}}}), ErrCancelled)
+	lateCall(other, func() {})
+	must(t, other.Step(background, 1))
 }
 
 func TestCancel(t *testing.T) {
@@ -163,6 +167,7 @@ func TestContextEndsWaiting(t *testing.T) {
 	ctx, cancel := context.WithCancel(background)
 	waiting := make(chan error)
 	go func() { waiting <- q.Session().Sequence(1).Step(ctx, 1) }()
+	spinUntil(func() bool { return q.session.gate.state.Load() == 2 }) // it has begun
 	cancel()
 	wantError(t, <-waiting, ErrCancelled, context.Canceled)
 	go func() { waiting <- q.Session().Sequence(1).Step(background, 1) }()
