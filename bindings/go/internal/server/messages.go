@@ -150,6 +150,9 @@ func anthropicMessages(b *body) ([]any, error) {
 		}
 		out = append(out, messages...)
 	}
+	if len(out) == 0 {
+		out = append(out, map[string]any{"role": "user", "content": ""}) // llama-server answers, too
+	}
 	return out, nil
 }
 
