@@ -63,6 +63,7 @@ var ignored = []struct {
 	{"--spec-type", true, "the server does not draft; answers are the same without"},
 	{"--spec-draft-n-max", true, "the server does not draft"},
 	{"--spec-draft-n-min", true, "the server does not draft"},
+	{"--backend-sampling --backend_sampling -bs", false, "the backend does not sample"},
 	{"--perf --no-perf", false, ""},
 	{"--log-disable", false, "use --log-level error"},
 	{"--log-colors", true, ""},

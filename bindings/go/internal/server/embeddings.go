@@ -77,6 +77,7 @@ func (s *Server) embeddings(w http.ResponseWriter, r *http.Request, openAI bool)
 		if err != nil {
 			return err
 		}
+		s.metrics.embedded.Add(1)
 		normalize(embedding, norm)
 		total += len(tokens)
 		if openAI {

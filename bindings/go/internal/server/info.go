@@ -21,6 +21,12 @@ func (s *Server) registerInfo(mux *http.ServeMux) {
 	s.refuse(mux, "POST", []string{"/lora-adapters"}, "This server has no LoRA adapters")
 	s.refuse(mux, "POST", []string{"/v1/audio/transcriptions", "/audio/transcriptions"}, "The model does not hear: it reads text only")
 	s.refuse(mux, "POST", []string{"/v1/systemone"}, "The model is no decision model")
+	for _, pattern := range []string{"GET /cors-proxy", "POST /cors-proxy", "GET /tools", "POST /tools"} {
+		s.handle(mux, pattern, func(http.ResponseWriter, *http.Request) error {
+			// As llama-server answers when they are off; here they always are.
+			return &apiError{status: http.StatusForbidden, kind: "feature_disabled", message: "this feature is disabled"}
+		})
+	}
 	if s.opts.UI != nil {
 		mux.Handle("GET /{$}", s.opts.UI)
 		mux.Handle("GET /index.html", s.opts.UI)

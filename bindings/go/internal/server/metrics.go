@@ -21,6 +21,7 @@ type metrics struct {
 	durations  *prometheus.HistogramVec
 	maxTokens  atomic.Int64 // the longest text so far
 	cached     atomic.Int64 // prompt tokens that were not computed
+	embedded   atomic.Int64 // texts that were embedded, each in a batch of its own
 	requests   atomic.Int64 // generations that have ended, and the time they took
 	busyNanos  atomic.Int64
 }
@@ -121,7 +122,7 @@ func (m *metrics) Collect(out chan<- prometheus.Metric) {
 	counter("llamacpp:prompt_seconds_total", "Time of evaluating prompts, summed over requests.", s.PromptTime.Seconds())
 	counter("llamacpp:tokens_predicted_total", "Tokens generated.", float64(s.PredictedTokens))
 	counter("llamacpp:tokens_predicted_seconds_total", "Time of generating, summed over requests.", s.PredictTime.Seconds())
-	counter("llamacpp:n_decode_total", "Batches decoded.", float64(s.NDecode))
+	counter("llamacpp:n_decode_total", "Batches decoded.", float64(s.NDecode)+float64(m.embedded.Load()))
 	counter("llamacpp:n_tokens_max", "The longest text so far, prompt included.", float64(m.maxTokens.Load()))
 	for name, help := range map[string]string{
 		"llamacpp:spec_decode_num_draft_tokens_total":    "Tokens drafted; the server does not draft.",

@@ -35,6 +35,10 @@ func (ts *testServer) scraped() map[string]float64 {
 
 func TestMetrics(t *testing.T) {
 	ts := open(t, shifting)
+	ts.post("/v1/embeddings", object{"input": []any{[]any{1, 2, 3}}})
+	if m := ts.scraped(); m["llamacpp:n_decode_total"] != 1 || m["llamacpp:prompt_tokens_total"] != 3 || m["llamacpp:tokens_predicted_total"] != 0 {
+		t.Errorf("after an embedding: %v", m)
+	}
 	evaluated, cached, predicted := 0.0, 0.0, 0.0
 	longest := 0.0
 	for _, n := range []int{1, 4, 16} {
@@ -45,7 +49,6 @@ func TestMetrics(t *testing.T) {
 		predicted += timings["predicted_n"].(float64)
 		longest = max(longest, answer["tokens_evaluated"].(float64)+answer["tokens_predicted"].(float64))
 	}
-	ts.post("/v1/embeddings", object{"input": []any{[]any{1, 2, 3}}})
 	m := ts.scraped()
 	for name, value := range map[string]float64{
 		"llamacpp:prompt_tokens_total":                                              evaluated + 3,

@@ -300,6 +300,8 @@ func TestUnknownPathsAndMethods(t *testing.T) {
 	for _, path := range []string{"/rerank", "/v1/reranking", "/v1/audio/transcriptions", "/v1/systemone", "/lora-adapters"} {
 		ts.refuses("POST", path, object{}, 501, typeNotSupported, "")
 	}
+	ts.refuses("GET", "/cors-proxy", nil, 403, "feature_disabled", "")
+	ts.refuses("POST", "/tools", object{}, 403, "feature_disabled", "")
 	if response := ts.do("DELETE", "/completion", nil); response.Header.Get("Allow") != "POST" {
 		t.Errorf("Allow is %q", response.Header.Get("Allow"))
 	}
