@@ -646,8 +646,7 @@ func (s *Server) chatInputTokens(w http.ResponseWriter, r *http.Request) error {
 	return nil
 }
 
-// chatControl is llama-server's way to end a model's thinking from outside, for requests that have asked for it. Those that do
-// are not refused here, so that there is an answer to this, too: it does nothing.
+// chatControl is llama-server's way to end a model's thinking from outside. Here nothing can: the answer is in its form and says so.
 func (s *Server) chatControl(w http.ResponseWriter, r *http.Request) error {
 	b, err := s.readBody(w, r)
 	if err != nil {

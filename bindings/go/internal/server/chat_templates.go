@@ -3,6 +3,7 @@ package server
 import (
 	"bytes"
 	"encoding/json"
+	"errors"
 	"log/slog"
 	"strings"
 	"sync"
@@ -178,8 +179,11 @@ func (c *chatTemplates) control(word string) (int32, bool) {
 	return tokens[0], err == nil && bytes.Equal(spelled, []byte(word))
 }
 
-// maxSchemas bounds the schemas whose fate is remembered; clients send the same tools with each request.
-const maxSchemas = 1024
+// Bounds of the schemas whose fate is remembered: clients send the same tools with each request.
+const (
+	maxSchemas     = 1024
+	longestSchemas = 8 << 10
+)
 
 // checkSchema says whether a schema can be enforced.
 func (c *chatTemplates) checkSchema(schema string) error {
@@ -195,6 +199,9 @@ func (c *chatTemplates) checkSchema(schema string) error {
 	}
 	defer sampler.Close()
 	err = sampler.AddJSONSchema(schema)
+	if len(schema) > longestSchemas || err != nil && !errors.Is(err, phd.ErrUnsupported) && !errors.Is(err, phd.ErrInvalidArgument) {
+		return err
+	}
 	c.mu.Lock()
 	if len(c.schemas) >= maxSchemas {
 		clear(c.schemas)
