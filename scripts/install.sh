@@ -24,10 +24,9 @@ version=$(sed -n 's/^version = "\(.*\)"$/\1/p' Cargo.toml | head -n 1)
 # what every C compiler adds by itself.
 system_libs=(stdc++ m pthread dl rt util)
 
-# The soname's number is the ABI's.
-abi=$(sed -n 's/^#define PHD_ABI_VERSION \([0-9]*\)$/\1/p' include/phd.h)
-[ -n "$abi" ] || abi=$(python3 -c "import ctypes; print(ctypes.CDLL('$built/libphd.so').phd_abi_version())") # TODO
-[ -n "$abi" ] || fail "include/phd.h has no PHD_ABI_VERSION"
+# The soname's number is the ABI's, which phd_abi_version() returns.
+abi=$(awk '/fn phd_abi_version/ { getline; print $1 }' src/ffi/mod.rs)
+[[ $abi =~ ^[0-9]+$ ]] || fail "src/ffi/mod.rs: phd_abi_version is '$abi', expected a number"
 soname=libphd.so.$abi
 
 if [ "$action" = uninstall ]; then

@@ -16,8 +16,7 @@ needs_shared() { readelf -d "$1" | grep -q 'NEEDED.*\[libphd\.so\.'"$abi"'\]'; }
 
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-abi=$(sed -n 's/^#define PHD_ABI_VERSION //p' include/phd.h)
-[ -n "$abi" ] || abi=1 # TODO
+abi=$(python3 -c "import ctypes; print(ctypes.CDLL('target/release/libphd.so').phd_abi_version())")
 
 # What the installed libraries are, against what was built.
 check_libraries() {
