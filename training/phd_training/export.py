@@ -97,6 +97,11 @@ def save_hub(model, tokenizer, out, dtype=torch.bfloat16, generation=None):
     scratch.rename(out)
 
 
+def load_training_arguments(run):
+    """What a run's checkpoint says of how it was trained, as texts."""
+    return torch.load(Path(run) / "checkpoint.pt", map_location="cpu", weights_only=True)["identity"]
+
+
 def convert(phd, folder, out, kinds):
     """GGUF files of a Hub folder by libphd's converter, one for each type: OUT-TYPE.gguf."""
     files = []
