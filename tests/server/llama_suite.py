@@ -139,7 +139,9 @@ def main() -> int:
     if arguments.record:
         before = json.loads(arguments.expect.read_text()) if arguments.expect.exists() else {}
         # A reason that somebody wrote is better than the first line of a traceback.
-        found = {case: before[case] if kind(before.get(case, "")) == kind(outcome) else outcome for case, outcome in found.items()}
+        kept = {case: reason for case, reason in before.items() if case in found and kind(reason) == kind(found[case])
+                and not reason.startswith("fail: unexplained")}
+        found |= kept
         arguments.expect.write_text(json.dumps((before if arguments.select else {}) | found, indent=0, sort_keys=True,
                                                ensure_ascii=False) + "\n")
         return 0

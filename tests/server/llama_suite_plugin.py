@@ -161,7 +161,7 @@ def pytest_runtest_logreport(report):
         outcomes[case] = "cannot run: " + reason.removeprefix("Skipped: ")
     elif report.failed:
         message = getattr(getattr(report.longrepr, "reprcrash", None), "message", str(report.longrepr))
-        outcomes.setdefault(case, "fail: " + message.splitlines()[0][:200])
+        outcomes.setdefault(case, "fail: unexplained: " + message.splitlines()[0][:200])
     elif report.when == "call":
         outcomes.setdefault(case, "pass")
 
