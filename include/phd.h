@@ -952,6 +952,15 @@ enum phd_status phd_sampler_add_grammar(struct phd_sampler *sampler,
                                         struct phd_error **error);
 
 /*
+ The same for a grammar in llama.cpp's format, GBNF.
+ */
+enum phd_status phd_sampler_add_gbnf(struct phd_sampler *sampler,
+                                     const struct phd_model *model,
+                                     const char *grammar,
+                                     size_t len,
+                                     struct phd_error **error);
+
+/*
  Whether the constraint has ended: it allows only end tokens. False if it may go on, also where it may end, and without a
  constraint. What comes after a constraint within a text begins with phd_sampler_remove_constraint.
  */

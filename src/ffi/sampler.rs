@@ -347,6 +347,19 @@ pub unsafe extern "C" fn phd_sampler_add_grammar(
     guard(error, || unsafe { constrain(sampler, model, (grammar, len, "grammar"), Constraint::grammar) })
 }
 
+/// The same for a grammar in llama.cpp's format, GBNF.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn phd_sampler_add_gbnf(
+    sampler: *mut phd_sampler,
+    model: *const phd_model,
+    grammar: *const c_char,
+    len: usize,
+    error: *mut *mut phd_error,
+) -> phd_status {
+    // SAFETY: the C contract.
+    guard(error, || unsafe { constrain(sampler, model, (grammar, len, "grammar"), Constraint::gbnf) })
+}
+
 /// Whether the constraint has ended: it allows only end tokens. False if it may go on, also where it may end, and without a
 /// constraint. What comes after a constraint within a text begins with phd_sampler_remove_constraint.
 #[unsafe(no_mangle)]

@@ -2,11 +2,11 @@
 
 use std::sync::Arc;
 
-use llguidance::api::{GrammarWithLexer, StopReason, TopLevelGrammar};
-use llguidance::toktrie::{ApproximateTokEnv, TokEnv, TokRxInfo, TokTrie};
-use llguidance::{Matcher, ParserFactory};
+use llguidance::api::{GrammarInit, GrammarWithLexer, ParserLimits, StopReason, TopLevelGrammar};
+use llguidance::toktrie::{ApproximateTokEnv, InferenceCapabilities, TokEnv, TokRxInfo, TokTrie};
+use llguidance::{Logger, Matcher, ParserFactory};
 
-use super::schema;
+use super::{gbnf, schema};
 use crate::error::{Error, Result, invalid, unsupported};
 use crate::tokenizer::Tokenizer;
 
@@ -15,7 +15,10 @@ pub const MAX_SCHEMA: usize = 1 << 20;
 /// The longest regular expression or grammar in bytes.
 pub const MAX_GRAMMAR: usize = 1 << 17;
 /// How deeply brackets may nest in a grammar, outside its literals.
-const MAX_DEPTH: usize = 100;
+pub(super) const MAX_DEPTH: usize = 100;
+/// The most steps of the parser for the tokens of one place in GBNF, of which some are read character by character: up to a tenth of a
+/// second of work.
+const GBNF_ITEMS: usize = 2_000_000;
 /// Compilers recurse as deeply as definitions refer to each other, and a stack that overflows cannot be caught. Within the
 /// limits above and [`schema::MAX_REFS`] this is enough; only what is touched takes memory.
 const STACK: usize = 256 << 20;
@@ -57,9 +60,32 @@ impl TokenEnvironment {
             let environment: TokEnv = Arc::new(ApproximateTokEnv::new(trie));
             ParserFactory::new_simple(&environment)
         })?;
-        let mut factory = factory.map_err(|e| Error::Internal(format!("the token environment: {}", sentence(&e))))?;
-        factory.quiet().limits_mut().verbose_errors = false;
+        let factory = factory.map_err(|e| Error::Internal(format!("the token environment: {}", sentence(&e))))?;
         Ok(TokenEnvironment { factory, ends })
+    }
+
+    fn limits(&self) -> ParserLimits {
+        ParserLimits { verbose_errors: false, ..self.factory.limits().clone() }
+    }
+
+    pub(super) fn n_vocab(&self) -> u32 {
+        self.factory.tok_env().tok_trie().vocab_size() as u32
+    }
+
+    /// The token that is spelled so.
+    pub(super) fn named(&self, spelling: &str) -> Option<u32> {
+        let trie = self.factory.tok_env().tok_trie();
+        trie.get_special_token(spelling).or_else(|| trie.token_id(spelling.as_bytes()))
+    }
+
+    /// Whether a grammar may ask for the token by its id.
+    pub(super) fn is_choice(&self, token: u32) -> bool {
+        !self.bytes(token).is_empty() && !self.ends.contains(&token)
+    }
+
+    /// Whether the token is no text.
+    pub(super) fn is_control(&self, token: u32) -> bool {
+        self.bytes(token).first() == Some(&TokTrie::SPECIAL_TOKEN_MARKER)
     }
 
     /// A token as the grammars see it; control tokens begin with a marker.
@@ -124,13 +150,36 @@ impl Constraint {
         Self::new(environment, GrammarWithLexer::from_lark(prepare_grammar(grammar)?), refuse)
     }
 
+    /// Text of a grammar in llama.cpp's format.
+    ///
+    /// # Errors
+    /// `InvalidArgument` naming the place, `Unsupported`.
+    pub fn gbnf(environment: &Arc<TokenEnvironment>, grammar: &str) -> Result<Self> {
+        check_length("the grammar", grammar.len(), MAX_GRAMMAR)?;
+        let refuse = |e: String| invalid!("the grammar is refused: {e}");
+        let lark = on_large_stack(|| gbnf::to_lark(grammar, environment))??;
+        let grammar = GrammarWithLexer::from_lark(lark);
+        Self::within(environment, grammar, ParserLimits { step_max_items: GBNF_ITEMS, ..environment.limits() }, refuse)
+    }
+
     fn new(
         environment: &Arc<TokenEnvironment>,
         grammar: GrammarWithLexer,
         refuse: impl Fn(String) -> Error,
     ) -> Result<Self> {
+        Self::within(environment, grammar, environment.limits(), refuse)
+    }
+
+    fn within(
+        environment: &Arc<TokenEnvironment>,
+        grammar: GrammarWithLexer,
+        limits: ParserLimits,
+        refuse: impl Fn(String) -> Error,
+    ) -> Result<Self> {
         let factory = &environment.factory;
-        let parser = on_large_stack(|| factory.create_parser(TopLevelGrammar::from_grammar(grammar)))?;
+        let grammar = GrammarInit::Serialized(TopLevelGrammar::from_grammar(grammar));
+        let (logger, capabilities) = (Logger::new(0, 0), InferenceCapabilities::default());
+        let parser = on_large_stack(|| factory.create_parser_from_init_ext(grammar, logger, capabilities, limits))?;
         let start = Matcher::new(Ok(parser.map_err(|e| refuse(sentence(&e)))?));
         // A grammar that nothing matches, or that is too complex to begin with, is better known now.
         start.clone().compute_mask_or_eos().map_err(|e| match sentence(&e) {
@@ -211,8 +260,7 @@ impl Constraint {
             return Ok(false);
         }
         let allowed = self.allowed()?;
-        let n_vocab = self.environment.factory.tok_env().tok_trie().vocab_size() as u32;
-        Ok((0..n_vocab).all(|token| !allowed(token) || self.environment.ends.contains(&token)))
+        Ok((0..self.environment.n_vocab()).all(|token| !allowed(token) || self.environment.ends.contains(&token)))
     }
 
     /// Back to the beginning.

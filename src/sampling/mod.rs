@@ -8,6 +8,7 @@
 mod candidates;
 pub mod constraint;
 mod dry;
+mod gbnf;
 mod logprobs;
 mod math;
 mod schema;
