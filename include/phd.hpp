@@ -739,6 +739,9 @@ class sampler : public detail::owner<phd_sampler, phd_sampler_free> {
     return detail::call(phd_sampler_add_grammar, get(), model.get(), grammar.data(), grammar.size());
   }
 
+  result<void> add_gbnf(const phd::model &model, std::string_view grammar) {
+    return detail::call(phd_sampler_add_gbnf, get(), model.get(), grammar.data(), grammar.size());
+  }
   result<bool> constraint_done() { return detail::get<bool>(phd_sampler_constraint_done, get()); }
   result<void> constraint_accept(std::string_view text) {
     return detail::call(phd_sampler_constraint_accept, get(), text.data(), text.size());

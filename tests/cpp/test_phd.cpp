@@ -584,6 +584,13 @@ TEST_CASE("constraints bind") {
   must(lark.add_regex(shared_model(), "xyz"));
   CHECK(text_of(lark) == "xyz");
 
+  auto gbnf = make_greedy();
+  must(gbnf.add_gbnf(shared_model(), "root ::= \"ab\" [x-z]\n"));
+  const auto three = text_of(gbnf);
+  CHECK(three.size() == 3);
+  CHECK(three.substr(0, 2) == "ab");
+  CHECK(!make_greedy().add_gbnf(shared_model(), "root ::= undefined"));
+
   // A token that the constraint does not allow is no part of the text.
   auto only = make_greedy();
   must(only.add_regex(shared_model(), "yes"));
