@@ -50,6 +50,8 @@ package phd
 // #cgo nocallback phd_sampler_add_dry_breaker
 // #cgo noescape phd_sampler_add_dry_breaker_text
 // #cgo nocallback phd_sampler_add_dry_breaker_text
+// #cgo noescape phd_sampler_add_gbnf
+// #cgo nocallback phd_sampler_add_gbnf
 // #cgo noescape phd_sampler_add_grammar
 // #cgo nocallback phd_sampler_add_grammar
 // #cgo noescape phd_sampler_add_json_schema

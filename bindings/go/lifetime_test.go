@@ -144,6 +144,7 @@ func TestClose(t *testing.T) {
 		"AddJSONSchema":   func() error { return e.sampler.AddJSONSchema("{}") },
 		"AddRegex":        func() error { return e.sampler.AddRegex("a") },
 		"AddGrammar":      func() error { return e.sampler.AddGrammar("start: /a/") },
+		"AddGBNF":         func() error { return e.sampler.AddGBNF(`root ::= "a"`) },
 		"ConstraintDone":  func() error { _, err := e.sampler.ConstraintDone(); return err },
 		"ConstraintAcc":   func() error { return e.sampler.ConstraintAccept("a") },
 		"RemoveConstr":    e.sampler.RemoveConstraint,

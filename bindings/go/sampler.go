@@ -310,6 +310,13 @@ func (s *Sampler) AddGrammar(lark string) error {
 	})
 }
 
+// AddGBNF is AddJSONSchema for a grammar in llama.cpp's format, GBNF.
+func (s *Sampler) AddGBNF(gbnf string) error {
+	return s.withText(gbnf, func(p *C.phd_sampler, m *C.phd_model, t *C.char, n C.size_t, e **C.phd_error) cStatus {
+		return C.phd_sampler_add_gbnf(p, m, t, n, e)
+	})
+}
+
 // ConstraintDone reports whether the constraint has ended: it allows only end tokens. It is false if the constraint may go
 // on, also where it may end, and without one. What comes after a constraint within a text begins with RemoveConstraint.
 func (s *Sampler) ConstraintDone() (bool, error) {

@@ -137,6 +137,7 @@ func TestSamplerErrors(t *testing.T) {
 	_, err = s.Sample(newDemoSequence(t)) // no logits
 	wantError(t, err, ErrInvalidArgument)
 	wantError(t, s.AddRegex("("), ErrInvalidArgument)
+	wantError(t, s.AddGBNF("root ::= ("), ErrInvalidArgument)
 	wantError(t, s.AddJSONSchema(`{"type":`), ErrInvalidArgument)
 	wantError(t, s.AddJSONSchema(`{"type":"array","uniqueItems":true}`), ErrUnsupported)
 }
@@ -170,6 +171,9 @@ func TestConstraints(t *testing.T) {
 	}
 	if text := run(func(s *Sampler) error { return s.AddGrammar(`start: ("selah" " "?)~3`) }); strings.Count(text, "selah") != 3 {
 		t.Errorf("the grammar gives %q", text)
+	}
+	if text := run(func(s *Sampler) error { return s.AddGBNF(`root ::= ("selah" " "?){3}`) }); strings.Count(text, "selah") != 3 {
+		t.Errorf("the GBNF grammar gives %q", text)
 	}
 
 	// What the constraint does not allow is refused, and changes nothing.
