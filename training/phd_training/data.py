@@ -1,11 +1,12 @@
 """Plain text files to tokens, tokens to packed windows in a reproducible order."""
 import hashlib
+import io
 import json
 import os
 from pathlib import Path
 
 import numpy as np
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 END = "<|endoftext|>"
 
@@ -18,6 +19,41 @@ def train_tokenizer(files, vocab_size):
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[END], show_progress=False,
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     tokenizer.train([str(f) for f in files], trainer)
+    return tokenizer
+
+
+# How byte-level BPE cuts words, by GGUF's names: patterns that apply one after the other, and whether whole words skip the merges.
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_LLAMA3 = (r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*"
+           r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+GGUF_WORDS = {"gpt-2": ([GPT2], False), "gpt2": ([GPT2], False), "olmo": ([GPT2], False), "smollm": ([r"\p{N}", GPT2], False),
+              "qwen2": ([_LLAMA3 % ""], False), "dbrx": ([_LLAMA3 % "{1,3}"], False), "llama-bpe": ([_LLAMA3 % "{1,3}"], True)}
+
+
+def gguf_tokenizer(fields):
+    """The byte-level BPE that a GGUF file describes, or None if it has no vocabulary."""
+    if "tokenizer.ggml.tokens" not in fields:
+        return None
+    kind = fields["tokenizer.ggml.model"].contents()
+    pre = fields["tokenizer.ggml.pre"].contents() if "tokenizer.ggml.pre" in fields else "gpt-2"
+    if kind != "gpt2" or pre not in GGUF_WORDS:
+        raise ValueError(f"the file's tokenizer is {kind!r} with words {pre!r}, expected 'gpt2' with one of {', '.join(GGUF_WORDS)}: "
+                         "name its tokenizer.json with --tokenizer")
+    tokens = fields["tokenizer.ggml.tokens"].contents()
+    types = fields["tokenizer.ggml.token_type"].contents() if "tokenizer.ggml.token_type" in fields else [1] * len(tokens)
+    merges = []
+    for merge in fields["tokenizer.ggml.merges"].contents():
+        cut = merge.index(" ", 1)
+        merges.append((merge[:cut], merge[cut + 1:]))
+    patterns, ignore_merges = GGUF_WORDS[pre]
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges, ignore_merges=ignore_merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [*(pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in patterns),
+         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    # 2: unknown, 3: control, 4: defined by the user
+    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t, k in zip(tokens, types) if k in (2, 3)])
+    tokenizer.add_tokens([AddedToken(t, normalized=False) for t, k in zip(tokens, types) if k == 4])
     return tokenizer
 
 
@@ -70,8 +106,6 @@ def encode_files(files, tokenizer, cache):
 
 
 def _npy_header(array):
-    import io
-
     buffer = io.BytesIO()
     np.lib.format.write_array_header_1_0(buffer, np.lib.format.header_data_from_array_1_0(array))
     return buffer.getvalue()

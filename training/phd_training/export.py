@@ -13,12 +13,12 @@ from .configuration_phd import FAMILIES, PhdConfig
 from .modeling_phd import PhdForCausalLM
 
 
-def load(source, phd=None):
-    """(model in float32, tokenizer.json's text or None) of a Hub folder or a GGUF file. `phd` replaces the checkpoint's own rules:
-    the copies share all weights, so upcycling a vanilla checkpoint is no more than that."""
+def load(source, phd=None, with_tokenizer=True):
+    """(model in float32, tokenizer.json's text or None) of a Hub folder or a GGUF file. `phd` replaces the checkpoint's
+    own rules: the copies share all weights, so upcycling a vanilla checkpoint is no more than that."""
     source = Path(source)
     if source.suffix == ".gguf":
-        model, tokenizer = _load_gguf(source)
+        model, tokenizer = _load_gguf(source, with_tokenizer)
         if phd is not None:
             model = _with_rules(model, phd)
         return model, tokenizer
@@ -28,7 +28,7 @@ def load(source, phd=None):
     if phd is not None:
         model = _with_rules(model, phd)
     tokenizer = source / "tokenizer.json"
-    return model, tokenizer.read_text() if tokenizer.is_file() else None
+    return model, tokenizer.read_text() if with_tokenizer and tokenizer.is_file() else None
 
 
 def _with_rules(model, phd):
@@ -39,10 +39,10 @@ def _with_rules(model, phd):
     return other
 
 
-def _load_gguf(path):
+def _load_gguf(path, with_tokenizer):
     """transformers dequantizes the vanilla base and takes llama.cpp's reordering of q and k back; `phd.*` is read beside it."""
     from gguf import GGUFReader
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist")
@@ -63,10 +63,11 @@ def _load_gguf(path):
     config.pop("architectures", None)
     model = PhdForCausalLM(PhdConfig(**{**config, "phd": rules or None}))
     model.load_state_dict(base.state_dict())
-    tokenizer = None
-    if "tokenizer.ggml.tokens" in fields:
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).backend_tokenizer.to_str()
-    return model, tokenizer
+    if not with_tokenizer:
+        return model, None
+    # transformers would give all byte-level files GPT-2's words.
+    tokenizer = data.gguf_tokenizer(fields)
+    return model, tokenizer.to_str() if tokenizer else None
 
 
 def save_hub(model, tokenizer, out, dtype=torch.bfloat16, generation=None):

@@ -157,10 +157,8 @@ class PhdRotaryEmbedding(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.rope, self.head_dim = config.rope_parameters, config.head_dim
-        # Not a buffer: loading a checkpoint leaves non-persistent buffers without values.
-        self._tables = {}
 
-    def frequencies(self):
+    def frequencies(self):  # not a buffer: loading a checkpoint leaves non-persistent buffers without values
         rope = self.rope
         inv = rope["rope_theta"] ** (-torch.arange(0, self.head_dim, 2, dtype=torch.float64) / self.head_dim)
         if rope["rope_type"] == "linear":

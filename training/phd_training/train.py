@@ -161,7 +161,7 @@ def build(args, tokenizer_path):
     torch.manual_seed(args.seed)
     text = tokenizer_path.read_text() if tokenizer_path.is_file() else None
     if args.init:
-        model, own = load(args.init, rules_of(args))
+        model, own = load(args.init, rules_of(args), with_tokenizer=not (text or args.tokenizer))
         text = text or (args.tokenizer.read_text() if args.tokenizer else own)
         if text is None:
             raise ValueError(f"{args.init} has no tokenizer: --tokenizer names one")

@@ -5,10 +5,11 @@ import subprocess
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN
+from conftest import GOLDEN, ROOT
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer
 
+from phd_training import data
 from phd_training.evaluate import evaluate
 from phd_training.export import load, main
 
@@ -62,6 +63,29 @@ def test_a_gguf_file_comes_back_as_it_went(exported, text):
         assert Tokenizer.from_str(again).encode(sample).ids == Tokenizer.from_str(tokenizer).encode(sample).ids
     upcycled, _ = load(f"{exported}/bf16-q8_0.gguf", {"copies": 3})
     assert upcycled.config.phd == {"copies": 3, "window": 0, "chunk": 0}
+
+
+class Field:
+    def __init__(self, value):
+        self.contents = lambda: value
+
+
+def test_gguf_tokenizers_give_llama_cpp_s_ids():
+    """tests/data/tokenizer: recorded for the first demo model's vocabulary with three tokens replaced, for each way to cut words."""
+    vocabulary = json.loads((ROOT / "models/kjv-phd-cswa-2-16-32/tokenizer.json").read_text())["model"]
+    tokens = sorted(vocabulary["vocab"], key=vocabulary["vocab"].get)
+    replaced, tokens[2046:] = set(tokens[2046:]), ["<|im_start|>", "<user>"]
+    merges = [pair if isinstance(pair, list) else pair.split(" ") for pair in vocabulary["merges"]]
+    fields = {"model": "gpt2", "tokens": tokens, "token_type": [3] + [1] * 2045 + [3, 4],
+              "merges": [" ".join(pair) for pair in merges if "".join(pair) not in replaced]}
+    recorded = json.loads((ROOT / "tests/data/tokenizer/llama_cpp.json").read_text())
+    for pre, cases in recorded.items():
+        tokenizer = data.gguf_tokenizer({f"tokenizer.ggml.{k}": Field(v) for k, v in {**fields, "pre": pre}.items()})
+        for case in cases:
+            assert tokenizer.encode(case["text"], add_special_tokens=False).ids == case["parsed"], (pre, case["text"])
+    assert data.gguf_tokenizer({}) is None
+    with pytest.raises(ValueError, match="'tekken'.*--tokenizer"):
+        data.gguf_tokenizer({f"tokenizer.ggml.{k}": Field(v) for k, v in {**fields, "pre": "tekken"}.items()})
 
 
 @pytest.mark.parametrize("name", ["qwen2-cswa-k2-w4-c8", "qwen3-cswa-k4-w3-c8"])

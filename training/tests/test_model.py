@@ -61,6 +61,16 @@ def test_flex_attention_sees_the_same(name):
     assert difference(model(tokens, use_cache=False).logits[0], golden["logits"]) < 1e-5
 
 
+@pytest.mark.parametrize("name", ["llama-cswa-k3-w16-c32", "llama-swa-k2-w4"])
+def test_beams_and_batches_keep_their_own_hidden_rows(name):
+    model, tokens, _ = load(name)
+    prompts = tokens[0, :36].view(3, 12)
+    options = dict(max_new_tokens=9, do_sample=False, eos_token_id=None, pad_token_id=0)
+    for beams in (1, 3):
+        cached, whole = (model.generate(prompts, num_beams=beams, use_cache=cache, **options) for cache in (True, False))
+        assert cached.tolist() == whole.tolist()
+
+
 @torch.no_grad()
 def test_the_cache_keeps_originals_and_the_band_alone():
     model, tokens, _ = load("llama-cswa-k3-w16-c32")
