@@ -13,12 +13,12 @@ INCLUDEDIR ?= $(PREFIX)/include
 INSTALL := PREFIX='$(PREFIX)' LIBDIR='$(LIBDIR)' INCLUDEDIR='$(INCLUDEDIR)' DESTDIR='$(DESTDIR)' scripts/install.sh
 
 GO := cd bindings/go && PKG_CONFIG_PATH='$(CURDIR)/bindings/go/pkgconfig' go
-TESTS := test-rust test-cpp test-installed test-go test-server test-web test-nginx
+TESTS := test-rust test-cpp test-installed test-go test-server test-web test-nginx test-kubernetes test-training
 
-.PHONY: build demo demo-smollm2 serve serve-smollm2 server smollm2 test $(TESTS) lint setup setup-go install uninstall
+.PHONY: build demo demo-smollm2 serve serve-smollm2 server smollm2 test $(TESTS) lint setup setup-go setup-node install uninstall
 
-# Where setup-go puts Go if the machine has none.
-export PATH := $(CURDIR)/target/go/bin:$(PATH)
+# Where setup-go and setup-node put what the machine has none of.
+export PATH := $(CURDIR)/target/go/bin:$(CURDIR)/target/node/bin:$(PATH)
 
 demo: build target/generate
 	target/generate $(MODEL) "In the beginning" 60
@@ -54,11 +54,17 @@ test-go: build setup-go smollm2
 test-server: server smollm2
 	tests/server/run.sh
 
-test-web: server smollm2
+test-web: server setup-node smollm2
 	tests/web/run.sh
 
-test-nginx: server
+test-nginx: server setup-node
 	tests/nginx/run.sh
+
+test-kubernetes: setup-go
+	tests/kubernetes/run.sh
+
+test-training: build
+	training/test.sh
 
 lint: setup setup-go
 	cargo fmt --check
@@ -73,6 +79,9 @@ setup:
 
 setup-go: setup
 	@scripts/setup_go.sh
+
+setup-node: setup
+	@scripts/setup_node.sh
 
 # Builds only what is older than its sources, so that `sudo make install` after `make build` needs no cargo.
 install: $(BUILT)

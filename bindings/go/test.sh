@@ -40,5 +40,3 @@ if readelf -d "$vendored/phd.test" | grep -q libphd; then
 fi
 "$vendored/phd.test" -test.timeout 5m
 
-say "what a call costs"
-go test -run '^$' -bench StepOverhead .
