@@ -7,6 +7,7 @@ RUNS holds one folder for each run, VARIANT-sSEED. Losses are libphd's (`phd sco
 """
 import argparse
 import json
+import math
 import re
 import statistics
 import subprocess
@@ -15,16 +16,16 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
+from . import data
+
 NAMES = {"vanilla": "vanilla", "phd-k2": "PHD-K2", "phd-cswa-2-16-32": "PHD-CSWA-2-16-32", "phd-cswa-3-16-32": "PHD-CSWA-3-16-32"}
 
 
 def call(*command):
-    return json.loads(subprocess.run(list(map(str, command)), check=True, capture_output=True, text=True).stdout)
+    return json.loads(subprocess.run(list(map(str, command)), check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 
 def bytes_scored(tokenizer, text, segment):
-    from . import data
-
     tokens = tokenizer.encode(text, add_special_tokens=False).ids
     return sum(len(tokenizer.decode(list(s[1:])).encode()) for s in data.segments(tokens, segment))
 
@@ -39,8 +40,6 @@ def cache_bytes(config, positions, bytes_per_value=2):
 
 
 def measure(folder, held_out, phd, segment, threads, context):
-    import math
-
     model = folder / "model"
     config = json.loads((model / "config.json").read_text())
     score = call(phd, "score", model, held_out, "--segment", segment, "--cache", "f32", "--json", "-t", threads)
@@ -48,7 +47,7 @@ def measure(folder, held_out, phd, segment, threads, context):
     nats = score["mean_nll"] * score["positions"]
     copies = (config.get("phd") or {"copies": 1})["copies"]
     rules = config.get("phd") or {}
-    options = ["--window", rules.get("window", 0), "--chunk", rules.get("chunk", 0)] if copies > 1 else []
+    options = ["--copies", copies, "--window", rules.get("window", 0), "--chunk", rules.get("chunk", 0)] if copies > 1 else []
     bench = call(phd, "bench", model, "--copies-list", copies, *options, "--context", context, "--steps", 200, "--json", "-t", threads)
     originals, ring = cache_bytes(config, context)
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
