@@ -2,10 +2,17 @@
 
 The file is copied into exported folders (`trust_remote_code`), so it imports nothing but transformers.
 """
+
 from transformers import PretrainedConfig
 
-FAMILIES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM",
-            "qwen3": "Qwen3ForCausalLM", "olmo2": "Olmo2ForCausalLM", "qwen3_scale_seq": "Qwen3ScaleSeqForCausalLM"}
+FAMILIES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "olmo2": "Olmo2ForCausalLM",
+    "qwen3_scale_seq": "Qwen3ScaleSeqForCausalLM",
+}
 
 
 class PhdConfig(PretrainedConfig):
@@ -92,7 +99,9 @@ class PhdConfig(PretrainedConfig):
         unknown = set(phd) - {"copies", "window", "chunk"}
         if unknown:
             raise ValueError(f"phd has unknown keys {sorted(unknown)}, expected copies, window, chunk")
-        copies, window, chunk = (int(phd.get(key) or default) for key, default in (("copies", 1), ("window", 0), ("chunk", 0)))
+        copies, window, chunk = (
+            int(phd.get(key) or default) for key, default in (("copies", 1), ("window", 0), ("chunk", 0))
+        )
         if not 1 <= copies <= 256 or window < 0 or chunk < 0:
             raise ValueError(f"phd is {phd}, expected copies from 1 to 256, window and chunk not negative")
         return {"copies": copies, "window": window, "chunk": chunk}

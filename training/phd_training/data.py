@@ -1,4 +1,5 @@
 """Plain text files to tokens, tokens to packed windows in a reproducible order."""
+
 import hashlib
 import io
 import json
@@ -16,18 +17,31 @@ def train_tokenizer(files, vocab_size):
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[END], show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END],
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
     tokenizer.train([str(f) for f in files], trainer)
     return tokenizer
 
 
 # How byte-level BPE cuts words, by GGUF's names: patterns that apply one after the other, and whether whole words skip the merges.
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_LLAMA3 = (r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*"
-           r"|\s*[\r\n]+|\s+(?!\S)|\s+")
-GGUF_WORDS = {"gpt-2": ([GPT2], False), "gpt2": ([GPT2], False), "olmo": ([GPT2], False), "smollm": ([r"\p{N}", GPT2], False),
-              "qwen2": ([_LLAMA3 % ""], False), "dbrx": ([_LLAMA3 % "{1,3}"], False), "llama-bpe": ([_LLAMA3 % "{1,3}"], True)}
+_LLAMA3 = (
+    r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+GGUF_WORDS = {
+    "gpt-2": ([GPT2], False),
+    "gpt2": ([GPT2], False),
+    "olmo": ([GPT2], False),
+    "smollm": ([r"\p{N}", GPT2], False),
+    "qwen2": ([_LLAMA3 % ""], False),
+    "dbrx": ([_LLAMA3 % "{1,3}"], False),
+    "llama-bpe": ([_LLAMA3 % "{1,3}"], True),
+}
 
 
 def gguf_tokenizer(fields):
@@ -37,22 +51,31 @@ def gguf_tokenizer(fields):
     kind = fields["tokenizer.ggml.model"].contents()
     pre = fields["tokenizer.ggml.pre"].contents() if "tokenizer.ggml.pre" in fields else "gpt-2"
     if kind != "gpt2" or pre not in GGUF_WORDS:
-        raise ValueError(f"the file's tokenizer is {kind!r} with words {pre!r}, expected 'gpt2' with one of {', '.join(GGUF_WORDS)}: "
-                         "name its tokenizer.json with --tokenizer")
+        raise ValueError(
+            f"the file's tokenizer is {kind!r} with words {pre!r}, expected 'gpt2' with one of {', '.join(GGUF_WORDS)}: "
+            "name its tokenizer.json with --tokenizer"
+        )
     tokens = fields["tokenizer.ggml.tokens"].contents()
-    types = fields["tokenizer.ggml.token_type"].contents() if "tokenizer.ggml.token_type" in fields else [1] * len(tokens)
+    types = (
+        fields["tokenizer.ggml.token_type"].contents() if "tokenizer.ggml.token_type" in fields else [1] * len(tokens)
+    )
     merges = []
     for merge in fields["tokenizer.ggml.merges"].contents():
         cut = merge.index(" ", 1)
-        merges.append((merge[:cut], merge[cut + 1:]))
+        merges.append((merge[:cut], merge[cut + 1 :]))
     patterns, ignore_merges = GGUF_WORDS[pre]
     tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges, ignore_merges=ignore_merges))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [*(pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in patterns),
-         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+        [
+            *(pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in patterns),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     # 2: unknown, 3: control, 4: defined by the user
-    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t, k in zip(tokens, types) if k in (2, 3)])
+    tokenizer.add_special_tokens(
+        [AddedToken(t, special=True, normalized=False) for t, k in zip(tokens, types) if k in (2, 3)]
+    )
     tokenizer.add_tokens([AddedToken(t, normalized=False) for t, k in zip(tokens, types) if k == 4])
     return tokenizer
 
@@ -94,8 +117,10 @@ def encode_files(files, tokenizer, cache):
     path = Path(cache) / f"tokens-{digest.hexdigest()[:16]}.npy"
     if not path.exists():
         end = end_of_text(tokenizer)
-        ids = [np.asarray([*encoding.ids, end], np.uint32)
-               for encoding in tokenizer.encode_batch(texts, add_special_tokens=False)]
+        ids = [
+            np.asarray([*encoding.ids, end], np.uint32)
+            for encoding in tokenizer.encode_batch(texts, add_special_tokens=False)
+        ]
         tokens = np.concatenate(ids)
         if tokenizer.get_vocab_size() <= 1 << 16:
             tokens = tokens.astype(np.uint16)
@@ -126,9 +151,13 @@ class Windows:
         which, index = divmod(number, self.per_pass)
         if which != self._pass:
             rng = np.random.default_rng([self.seed, which])
-            self._pass, self._offset, self._order = which, int(rng.integers(self.length)), rng.permutation(self.per_pass)
+            self._pass, self._offset, self._order = (
+                which,
+                int(rng.integers(self.length)),
+                rng.permutation(self.per_pass),
+            )
         start = self._offset + int(self._order[index]) * self.length
-        return np.asarray(self.tokens[start:start + self.length + 1], np.int64)
+        return np.asarray(self.tokens[start : start + self.length + 1], np.int64)
 
     def batch(self, first, count):
         return np.stack([self.window(first + i) for i in range(count)])
@@ -138,9 +167,20 @@ def segments(tokens, length):
     """Held-out text as `phd score` cuts it: each segment starts from nothing, so its first token is not scored."""
     for start in range(0, len(tokens), length):
         if len(tokens) - start > 1:
-            yield np.asarray(tokens[start:start + length], np.int64)
+            yield np.asarray(tokens[start : start + length], np.int64)
 
 
 def tokenizer_config(tokenizer):
-    return json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": END, "eos_token": END, "add_bos_token": False,
-                       "clean_up_tokenization_spaces": False}, indent=2) + "\n"
+    return (
+        json.dumps(
+            {
+                "tokenizer_class": "PreTrainedTokenizerFast",
+                "bos_token": END,
+                "eos_token": END,
+                "add_bos_token": False,
+                "clean_up_tokenization_spaces": False,
+            },
+            indent=2,
+        )
+        + "\n"
+    )

@@ -1,4 +1,5 @@
 """Held-out loss in PyTorch, as `phd score` measures it."""
+
 import argparse
 import json
 import math
@@ -21,7 +22,7 @@ def token_losses(model, tokens, segment, batch=8):
     pending = list(data.segments(tokens, segment))
     while pending:
         same = [s for s in pending[:batch] if len(s) == len(pending[0])]
-        pending = pending[len(same):]
+        pending = pending[len(same) :]
         ids = torch.as_tensor(data.np.stack(same)).to(device)
         logits = model(ids[:, :-1], use_cache=False).logits.float()
         total += F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").double().sum().item()
@@ -35,7 +36,12 @@ def evaluate(model, tokenizer, text, segment):
     tokens = tokenizer.encode(text, add_special_tokens=False).ids
     total, count = token_losses(model, tokens, segment)
     scored = sum(len(tokenizer.decode(list(s[1:])).encode()) for s in data.segments(tokens, segment))
-    return {"mean_nll": total / count, "positions": count, "segment": segment, "bits_per_byte": total / math.log(2) / scored}
+    return {
+        "mean_nll": total / count,
+        "positions": count,
+        "segment": segment,
+        "bits_per_byte": total / math.log(2) / scored,
+    }
 
 
 def main(argv=None):
@@ -43,7 +49,9 @@ def main(argv=None):
 
     from .export import load
 
-    parser = argparse.ArgumentParser(prog="phd-evaluate", description="Held-out loss of a Hub folder or GGUF file in PyTorch.")
+    parser = argparse.ArgumentParser(
+        prog="phd-evaluate", description="Held-out loss of a Hub folder or GGUF file in PyTorch."
+    )
     parser.add_argument("model")
     parser.add_argument("text", type=Path)
     parser.add_argument("--segment", type=int, default=512)

@@ -1,4 +1,7 @@
-"""Checkpoints in and out: Hub folders and GGUF files become starting points, training states become Hub folders and GGUF files."""
+"""Checkpoints in and out: Hub folders and GGUF files become starting points, training states become Hub folders and GGUF
+files.
+"""
+
 import argparse
 import json
 import shutil
@@ -47,15 +50,18 @@ def _load_gguf(path, with_tokenizer):
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist")
     fields = GGUFReader(path).fields
-    rules = {key: int(fields[f"phd.{key}"].contents()) for key in ("copies", "window", "chunk") if f"phd.{key}" in fields}
+    rules = {
+        key: int(fields[f"phd.{key}"].contents()) for key in ("copies", "window", "chunk") if f"phd.{key}" in fields
+    }
     config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
     if config.model_type not in FAMILIES:
         raise ValueError(f"{path}: architecture {config.model_type!r}, expected one of {', '.join(FAMILIES)}")
     head_dim = fields.get(f"{fields['general.architecture'].contents()}.attention.key_length")
     if head_dim is not None:  # transformers takes Qwen3's usual 128
         config.head_dim = int(head_dim.contents())
-    base, found = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, config=config, dtype=torch.float32,
-                                                       output_loading_info=True)
+    base, found = AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, config=config, dtype=torch.float32, output_loading_info=True
+    )
     wrong = [*found["mismatched_keys"], *found["missing_keys"]]
     if wrong:  # transformers would go on with random weights
         raise ValueError(f"{path}: no fitting weights for {', '.join(map(str, wrong))}")
@@ -121,7 +127,9 @@ def main(argv=None):
     parser.add_argument("--copies", type=int, help="K instead of the checkpoint's own")
     parser.add_argument("--window", type=int, default=0, help="W in hidden tokens, with --copies")
     parser.add_argument("--chunk", type=int, default=0, help="C in positions, with --window")
-    parser.add_argument("--gguf", nargs="*", default=[], metavar="TYPE", help="also OUT-TYPE.gguf: f32, bf16, q8_0, q4_k, ...")
+    parser.add_argument(
+        "--gguf", nargs="*", default=[], metavar="TYPE", help="also OUT-TYPE.gguf: f32, bf16, q8_0, q4_k, ..."
+    )
     parser.add_argument("--phd", default="phd", help="libphd's command line program, for --gguf")
     args = parser.parse_args(argv)
     rules = None if args.copies is None else {"copies": args.copies, "window": args.window, "chunk": args.chunk}

@@ -1,11 +1,14 @@
 """PHD-Transformer, PHD-SWA, PHD-CSWA and Sequential Hidden Decoding for transformers.
 
-Each token is read K times; copy 0 is the original, copies 1..K-1 are hidden. Rows are regrouped as [all originals][all hidden]:
-originals attend causally among themselves, hidden rows to the originals and to a short band of hidden rows, so attention costs
-K times the vanilla transformer's and not K * K times. The cache keeps originals, and of hidden keys no more than the band.
+Each token is read K times; copy 0 is the original, copies 1..K-1 are hidden. Rows are regrouped as [all
+originals][all hidden]: originals attend causally among themselves, hidden rows to the originals and to a short band
+of hidden rows, so attention costs K times the vanilla transformer's and not K * K times. The cache keeps originals,
+and of hidden keys no more than the band.
 
-The file is copied into exported folders (`trust_remote_code`), so it imports nothing but torch, transformers and its neighbour.
+The file is copied into exported folders (`trust_remote_code`), so it imports nothing but torch, transformers and its
+neighbour.
 """
+
 import math
 
 import torch
@@ -185,7 +188,11 @@ class PhdAttention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
         self.config, self.layer = config, layer
-        self.heads, self.kv_heads, self.head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        self.heads, self.kv_heads, self.head_dim = (
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+        )
         q_size, kv_size = self.heads * self.head_dim, self.kv_heads * self.head_dim
         bias = config.attention_bias
         self.q_proj = nn.Linear(config.hidden_size, q_size, bias=bias)
@@ -210,15 +217,18 @@ class PhdAttention(nn.Module):
     def forward(self, x, queries, batch, cache):
         """x [batch, rows, hidden]; `queries` chooses the rows that are wanted, all if None."""
         xq = x if queries is None else x[:, queries]
-        cos, sin = (t.to(torch.get_autocast_dtype(x.device.type)) if torch.is_autocast_enabled(x.device.type) else t.to(x.dtype)
-                    for t in batch.rope)
+        cos, sin = (
+            t.to(torch.get_autocast_dtype(x.device.type)) if torch.is_autocast_enabled(x.device.type) else t.to(x.dtype)
+            for t in batch.rope
+        )
         q_rope = (cos, sin) if queries is None else (cos[queries], sin[queries])
         q = rotate(self._heads(self.q_proj(xq), self.heads, getattr(self, "q_norm", None)), *q_rope)
         k = rotate(self._heads(self.k_proj(x), self.kv_heads, getattr(self, "k_norm", None)), cos, sin)
         v = self._heads(self.v_proj(x), self.kv_heads, None)
         q, k = q.to(v.dtype), k.to(v.dtype)
         out = (self._sequential if self.config.sequential else self._flex if batch.block_mask else self._grouped)(
-            q, k, v, queries is not None, batch, cache)
+            q, k, v, queries is not None, batch, cache
+        )
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
     def _wide(self, x):
@@ -251,9 +261,11 @@ class PhdAttention(nn.Module):
             rows = len(copies)
             for a, b, start, mask in rules.plan(past, n, copies, q.device, q.dtype):
                 band = slice((start - first) * hidden, (past + b - first) * hidden)
-                keys = torch.cat([k_o[:, :, :past + b], k_h[:, :, band]], 2)
-                values = torch.cat([v_o[:, :, :past + b], v_h[:, :, band]], 2)
-                parts.append(F.scaled_dot_product_attention(q_h[:, :, a * rows:b * rows], keys, values, attn_mask=mask))
+                keys = torch.cat([k_o[:, :, : past + b], k_h[:, :, band]], 2)
+                values = torch.cat([v_o[:, :, : past + b], v_h[:, :, band]], 2)
+                parts.append(
+                    F.scaled_dot_product_attention(q_h[:, :, a * rows : b * rows], keys, values, attn_mask=mask)
+                )
         return torch.cat(parts, 2)
 
     def _flex(self, q, k, v, last, batch, cache):
@@ -275,7 +287,7 @@ class PhdAttention(nn.Module):
             return F.scaled_dot_product_attention(q, k, v, is_causal=True)
         seen = torch.ones(rows, past + rows, dtype=torch.bool, device=q.device).tril(past)
         if last:
-            seen = seen[self.config.copies - 1::self.config.copies]
+            seen = seen[self.config.copies - 1 :: self.config.copies]
         return F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
 
 
@@ -362,7 +374,8 @@ class PhdModel(PhdPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         if config.sequential:
             self.scale_seq_embed_tokens_list = nn.ModuleList(
-                nn.Embedding(config.vocab_size, config.hidden_size) for _ in range(config.copies - 1))
+                nn.Embedding(config.vocab_size, config.hidden_size) for _ in range(config.copies - 1)
+            )
         self.layers = nn.ModuleList(PhdDecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = PhdRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary = PhdRotaryEmbedding(config)
@@ -378,14 +391,24 @@ class PhdModel(PhdPreTrainedModel):
 
             copies = self.config.copies
             everything = torch.arange(n * copies, device=device)
-            self._flex_key, self._flex_value = key, tuple(
-                create_block_mask(self.rules.mask_mod(n, rows, device), None, None, len(rows), n * copies, device=device)
-                for rows in (everything, everything[self._last_rows(n)]))
+            self._flex_key, self._flex_value = (
+                key,
+                tuple(
+                    create_block_mask(
+                        self.rules.mask_mod(n, rows, device), None, None, len(rows), n * copies, device=device
+                    )
+                    for rows in (everything, everything[self._last_rows(n)])
+                ),
+            )
         return self._flex_value
 
     def _last_rows(self, n):
         copies = self.config.copies
-        return slice(copies - 1, None, copies) if self.config.sequential or copies == 1 else slice(n + copies - 2, None, copies - 1)
+        return (
+            slice(copies - 1, None, copies)
+            if self.config.sequential or copies == 1
+            else slice(n + copies - 2, None, copies - 1)
+        )
 
     def forward(self, input_ids, past_key_values=None):
         """The last copies' rows, normed: [batch, n, hidden]."""
@@ -426,12 +449,24 @@ class PhdForCausalLM(PhdPreTrainedModel, GenerationMixin):
     def get_output_embeddings(self):
         return self.lm_head
 
-    def forward(self, input_ids, attention_mask=None, past_key_values=None, labels=None, shift_labels=None, use_cache=None,
-                logits_to_keep=0, return_dict=None, **kwargs):
+    def forward(
+        self,
+        input_ids,
+        attention_mask=None,
+        past_key_values=None,
+        labels=None,
+        shift_labels=None,
+        use_cache=None,
+        logits_to_keep=0,
+        return_dict=None,
+        **kwargs,
+    ):
         """`labels` as in transformers: the token at i is predicted from those before; `shift_labels`: already moved by one.
         Texts of a batch are padded on the right, if at all."""
         if attention_mask is not None and not bool(attention_mask[:, 0].all()):
-            raise ValueError("attention_mask: texts padded on the left are not supported; pad on the right, or one text at a time")
+            raise ValueError(
+                "attention_mask: texts padded on the left are not supported; pad on the right, or one text at a time"
+            )
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if use_cache and not isinstance(past_key_values, PhdCache):

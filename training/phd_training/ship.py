@@ -3,10 +3,10 @@
     python -m phd_training.ship runs/demo ../models/english-phd-cswa-2-16-32 --held-out corpus/held_out.txt \\
         --reference ../../shared/reference/phd_reference.py --phd ../target/release/phd --against ../models/kjv-phd-cswa-2-16-32
 """
+
 import argparse
 import importlib.util
 import json
-import math
 import shutil
 import subprocess
 import sys
@@ -28,7 +28,7 @@ def excerpts(text, count=8, size=1500):
     pieces = []
     for i in range(count):
         start = text.index("\n\n", i * len(text) // count) + 2
-        pieces.append(text[start:start + size].rsplit(" ", 1)[0])
+        pieces.append(text[start : start + size].rsplit(" ", 1)[0])
     return "\n\n".join(pieces) + "\n"
 
 
@@ -52,7 +52,7 @@ def expected(reference, folder, text, window):
             model.copies, model.window, model.chunk = 1, 0, 0
         found = []
         for start in range(0, len(tokens) - 1, window):
-            piece = tokens[start:start + window + 1]
+            piece = tokens[start : start + window + 1]
             found.extend(log_likelihoods(model.logits(piece[:-1]), piece[1:]))
         means.append(-float(np.mean(found)))
     model = module.load(folder)
@@ -61,10 +61,16 @@ def expected(reference, folder, text, window):
         ids = tokenizer.encode(prompt, add_special_tokens=False).ids
         continued = model.greedy(ids, 32)
         greedy.append({"prompt": prompt, "tokens": ids, "greedy": continued, "text": tokenizer.decode(continued)})
-    return {"file": "held_out.txt", "tokens": len(tokens), "window": window, "mean_nll": means[0],
-            "note": f"windows of {window} inputs, each from an empty cache; mean negative log-likelihood per predicted token, natural "
-                    "log, float64 reference with the bf16 weights",
-            "mean_nll_if_run_as_vanilla": means[1], "greedy": greedy}
+    return {
+        "file": "held_out.txt",
+        "tokens": len(tokens),
+        "window": window,
+        "mean_nll": means[0],
+        "note": f"windows of {window} inputs, each from an empty cache; mean negative log-likelihood per predicted token, natural "
+        "log, float64 reference with the bf16 weights",
+        "mean_nll_if_run_as_vanilla": means[1],
+        "greedy": greedy,
+    }
 
 
 def quantized(phd, folder, text_file, segment):
@@ -74,19 +80,27 @@ def quantized(phd, folder, text_file, segment):
         for kind in KINDS:
             path = Path(scratch) / f"{kind}.gguf"
             subprocess.run([phd, "convert", folder, path, "--type", kind], check=True, capture_output=True)
-            score = subprocess.run([phd, "score", path, text_file, "--segment", str(segment), "--cache", "f32", "--json"], check=True,
-                                   capture_output=True, text=True)
+            score = subprocess.run(
+                [phd, "score", path, text_file, "--segment", str(segment), "--cache", "f32", "--json"],
+                check=True,
+                capture_output=True,
+                text=True,
+            )
             found[kind] = (json.loads(score.stdout)["mean_nll"], path.stat().st_size)
     return found
 
 
 def sample(phd, folder, prompt):
-    found = subprocess.run([phd, "run", folder, "-p", prompt, "-n", "60", "--seed", "1"], check=True, capture_output=True, text=True)
+    found = subprocess.run(
+        [phd, "run", folder, "-p", prompt, "-n", "60", "--seed", "1"], check=True, capture_output=True, text=True
+    )
     return found.stdout.strip()
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="phd_training.ship", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="phd_training.ship", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("run", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--held-out", type=Path, required=True)
@@ -106,7 +120,9 @@ def main(argv=None):
     held_out = args.held_out.read_text()
     text = excerpts(held_out)
     (args.out / "held_out.txt").write_text(text)
-    (args.out / "expected.json").write_text(json.dumps(expected(args.reference, args.out, text, segment), indent=1) + "\n")
+    (args.out / "expected.json").write_text(
+        json.dumps(expected(args.reference, args.out, text, segment), indent=1) + "\n"
+    )
     shutil.copyfile(args.run / "log.jsonl", args.out / "training.jsonl")
     shutil.copyfile(args.recipe, args.out / "recipe.toml")
     shutil.copyfile(args.sources, args.out / "sources.json")
@@ -124,40 +140,55 @@ def main(argv=None):
         other, other_tokenizer = load(args.against)
         other_tokenizer = Tokenizer.from_str(other_tokenizer)
         lines = []
-        for title, sample_text in (("this model's held-out text", held_out),
-                                   (f"`{args.against.name}`'s held_out.txt", (args.against / "held_out.txt").read_text())):
+        for title, sample_text in (
+            ("this model's held-out text", held_out),
+            (f"`{args.against.name}`'s held_out.txt", (args.against / "held_out.txt").read_text()),
+        ):
             a = evaluate(other, other_tokenizer, sample_text, 256)
             b = evaluate(model, tokenizer, sample_text, segment)
             lines.append(f"| {title} | {a['bits_per_byte']:.4f} | {b['bits_per_byte']:.4f} |")
-        comparison = (f"\n## Against {args.against.name}\nBits per byte, each model in segments of the length it was trained on. Nothing of "
-                      "Genesis 25 to 28, from which the second text is, was trained on here;\nparts of the first text may have been "
-                      f"trained on there.\n\n| text | {args.against.name} | this one |\n| --- | --- | --- |\n" + "\n".join(lines) + "\n")
+        comparison = (
+            f"\n## Against {args.against.name}\nBits per byte, each model in segments of the length it was trained on. Nothing of "
+            "Genesis 25 to 28, from which the second text is, was trained on here;\nparts of the first text may have been "
+            f"trained on there.\n\n| text | {args.against.name} | this one |\n| --- | --- | --- |\n"
+            + "\n".join(lines)
+            + "\n"
+        )
     sources = json.loads(args.sources.read_text())
-    source_rows = "\n".join(f"| {entry['what']} | {entry['package']} | {entry['licence']} | {entry['bytes'] / 1e6:.1f} MB |"
-                            for name, entry in sources.items() if name != "held_out")
-    type_rows = "\n".join(f"| {kind} | {loss:.4f} | {loss - types['f32'][0]:+.4f} | {size / 1e6:.1f} MB |" for kind, (loss, size) in types.items())
+    source_rows = "\n".join(
+        f"| {entry['what']} | {entry['package']} | {entry['licence']} | {entry['bytes'] / 1e6:.1f} MB |"
+        for name, entry in sources.items()
+        if name != "held_out"
+    )
+    type_rows = "\n".join(
+        f"| {kind} | {loss:.4f} | {loss - types['f32'][0]:+.4f} | {size / 1e6:.1f} MB |"
+        for kind, (loss, size) in types.items()
+    )
     rules = config.phd
-    card = f"""# {args.out.name}: a small trained PHD checkpoint
+    card = (
+        f"""# {args.out.name}: a small trained PHD checkpoint
 {parameters / 1e6:.1f} M parameters: {config.family} body, {config.num_hidden_layers} layers, hidden {config.hidden_size}, feed-forward \
 {config.intermediate_size}, {config.num_attention_heads} query and {config.num_key_value_heads} key/value heads of {config.head_dim}, \
-byte-level BPE of {config.vocab_size:,} tokens, tied embeddings, bf16. PHD-CSWA with K = {rules['copies']}, W = {rules['window']}, \
-C = {rules['chunk']}: each token is read {rules['copies']} times, the cache is the vanilla model's.
+byte-level BPE of {config.vocab_size:,} tokens, tied embeddings, bf16. PHD-CSWA with K = {rules["copies"]}, W = {rules["window"]}, \
+C = {rules["chunk"]}: each token is read {rules["copies"]} times, the cache is the vanilla model's.
 
 It writes English of past centuries and knows nothing. Weights and tokenizer may be used freely (CC0).
 
 | measured on | nats a token | bits a byte |
 | --- | --- | --- |
-""" + "\n".join(f"| {' | '.join(row)} |" for row in rows) + f"""
+"""
+        + "\n".join(f"| {' | '.join(row)} |" for row in rows)
+        + f"""
 
 ## Training
-From scratch on {tokens / 1e6:.1f} M tokens, {cpu / 3600:.2f} hours of CPU time, seed {options['seed']}, windows of {segment} tokens, AdamW, bfloat16 \
+From scratch on {tokens / 1e6:.1f} M tokens, {cpu / 3600:.2f} hours of CPU time, seed {options["seed"]}, windows of {segment} tokens, AdamW, bfloat16 \
 autocast: `recipe.toml` with `training/`, log in `training.jsonl`, the text's hashes in `sources.json`.
 
 | text | from | licence | |
 | --- | --- | --- | --- |
 {source_rows}
 
-Every 64th section of about 3,000 characters was held out ({sources['held_out']['bytes']:,} bytes); `held_out.txt` has excerpts of those.
+Every 64th section of about 3,000 characters was held out ({sources["held_out"]["bytes"]:,} bytes); `held_out.txt` has excerpts of those.
 {comparison}
 ## As GGUF
 `phd convert` and `phd score` on the held-out text, f32 cache:
@@ -174,6 +205,7 @@ continuations; libphd's tests and training/'s compare with it.
 
 > {sample(args.phd, args.out, PROMPTS[2])}
 """
+    )
     (args.out / "README.md").write_text("\n".join(line.rstrip() for line in card.splitlines()) + "\n")
     return 0
 

@@ -5,6 +5,7 @@
 
 Killed at any moment and started again with the same command, it goes on from its last checkpoint and arrives at the same bits.
 """
+
 import argparse
 import contextlib
 import io
@@ -33,10 +34,17 @@ WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 def arguments(argv=None):
-    parser = argparse.ArgumentParser(prog="phd-train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="phd-train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("--config", type=Path, help="TOML file whose keys are these options; the command line wins")
-    add("--out", type=Path, required=True, help="folder of the run: checkpoint.pt, log.jsonl, tensorboard/, at the end model/")
+    add(
+        "--out",
+        type=Path,
+        required=True,
+        help="folder of the run: checkpoint.pt, log.jsonl, tensorboard/, at the end model/",
+    )
 
     text = parser.add_argument_group("text")
     text.add_argument("--data", nargs="+", type=Path, default=[], help="UTF-8 files, or folders of *.txt")
@@ -73,7 +81,9 @@ def arguments(argv=None):
     how.add_argument("--stop-after", type=int, help="end at this step; the schedule stays that of --tokens")
 
     run = parser.add_argument_group("running")
-    run.add_argument("--bf16", action="store_true", help="matrix products and attention in bfloat16; weights stay float32")
+    run.add_argument(
+        "--bf16", action="store_true", help="matrix products and attention in bfloat16; weights stay float32"
+    )
     run.add_argument("--compile", action="store_true", help="torch.compile the layers")
     run.add_argument("--gradient-checkpointing", action="store_true")
     run.add_argument("--attention", choices=["sdpa", "flex_attention"], help="[default: flex_attention on CUDA]")
@@ -84,7 +94,9 @@ def arguments(argv=None):
     run.add_argument("--save-steps", type=int, default=0, help="steps between checkpoints, besides; 0 = by time alone")
     run.add_argument("--log-steps", type=int, default=10)
     run.add_argument("--eval-steps", type=int, default=500, help="0 = at the end alone")
-    run.add_argument("--dtype", default="bfloat16", choices=["float32", "float16", "bfloat16"], help="of the weights in model/")
+    run.add_argument(
+        "--dtype", default="bfloat16", choices=["float32", "float16", "bfloat16"], help="of the weights in model/"
+    )
     run.add_argument("--no-tensorboard", action="store_true")
 
     known, _ = parser.parse_known_args(argv)
@@ -157,7 +169,7 @@ class World:
 
 
 def build(args, tokenizer_path):
-    """(model, tokenizer.json's text): from a checkpoint or from scratch. The tokenizer stays the run's own once there is one."""
+    """(model, tokenizer.json's text): from a checkpoint or from scratch. The run keeps the tokenizer that it first had."""
     torch.manual_seed(args.seed)
     text = tokenizer_path.read_text() if tokenizer_path.is_file() else None
     if args.init:
@@ -167,15 +179,32 @@ def build(args, tokenizer_path):
             raise ValueError(f"{args.init} has no tokenizer: --tokenizer names one")
     else:
         if text is None:
-            text = (args.tokenizer.read_text() if args.tokenizer
-                    else data.train_tokenizer(text_files(args.data), args.vocab_size).to_str(pretty=True))
-        model = PhdForCausalLM(PhdConfig(
-            model_type=args.family, vocab_size=Tokenizer.from_str(text).get_vocab_size(), hidden_size=args.hidden_size,
-            intermediate_size=args.intermediate_size, num_hidden_layers=args.layers, num_attention_heads=args.heads,
-            num_key_value_heads=args.kv_heads, tie_word_embeddings=not args.untied, rms_norm_eps=1e-5,
-            max_position_embeddings=args.max_positions, phd=rules_of(args)))
+            text = (
+                args.tokenizer.read_text()
+                if args.tokenizer
+                else data.train_tokenizer(text_files(args.data), args.vocab_size).to_str(pretty=True)
+            )
+        model = PhdForCausalLM(
+            PhdConfig(
+                model_type=args.family,
+                vocab_size=Tokenizer.from_str(text).get_vocab_size(),
+                hidden_size=args.hidden_size,
+                intermediate_size=args.intermediate_size,
+                num_hidden_layers=args.layers,
+                num_attention_heads=args.heads,
+                num_key_value_heads=args.kv_heads,
+                tie_word_embeddings=not args.untied,
+                rms_norm_eps=1e-5,
+                max_position_embeddings=args.max_positions,
+                phd=rules_of(args),
+            )
+        )
     if Tokenizer.from_str(text).get_vocab_size() > model.config.vocab_size:
-        raise ValueError(f"the tokenizer has {Tokenizer.from_str(text).get_vocab_size()} tokens, the model {model.config.vocab_size}")
+        raise ValueError(
+            f"the tokenizer has {Tokenizer.from_str(text).get_vocab_size()} tokens, the model {model.config.vocab_size}"
+        )
+    if not tokenizer_path.is_file():
+        data.write_atomically(tokenizer_path, text.encode())
     return model, text
 
 
@@ -246,8 +275,6 @@ def train(args):
 
     tokenizer_path = args.out / "tokenizer.json"
     model, tokenizer_text = world.first_does(lambda: build(args, tokenizer_path))
-    if world.rank == 0 and not tokenizer_path.is_file():
-        data.write_atomically(tokenizer_path, tokenizer_text.encode())
     tokenizer = Tokenizer.from_str(tokenizer_text)
     tokens = world.first_does(lambda: data.encode_files(text_files(args.data), tokenizer, args.out))
     held_out = None
@@ -277,22 +304,52 @@ def train(args):
 
     decayed = [p for p in model.parameters() if p.ndim > 1]
     rest = [p for p in model.parameters() if p.ndim <= 1]
-    optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": args.weight_decay}, {"params": rest, "weight_decay": 0.0}],
-                                  lr=args.lr, betas=(0.9, args.beta2), fused=True)
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": args.weight_decay}, {"params": rest, "weight_decay": 0.0}],
+        lr=args.lr,
+        betas=(0.9, args.beta2),
+        fused=True,
+    )
 
     # What must be the same for a resumed run to be the same run.
-    identity = {key: str(getattr(args, key)) for key in ("tokens", "batch", "context", "lr", "min_lr", "warmup", "weight_decay", "beta2",
-                                                         "clip", "seed", "bf16", "compile")}
+    identity = {
+        key: str(getattr(args, key))
+        for key in (
+            "tokens",
+            "batch",
+            "context",
+            "lr",
+            "min_lr",
+            "warmup",
+            "weight_decay",
+            "beta2",
+            "clip",
+            "seed",
+            "bf16",
+            "compile",
+        )
+    }
     identity.update(world=str(world.size), text=str(len(tokens)), rules=str(plain.config.phd))
     state = {"step": 0, "loss_sum": 0.0, "loss_steps": 0, "seconds": 0.0, "cpu_seconds": 0.0}
     checkpoint = args.out / "checkpoint.pt"
     if checkpoint.is_file():
         saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
-        different = {key: (saved["identity"].get(key), value) for key, value in identity.items() if saved["identity"].get(key) != value}
+        different = {
+            key: (saved["identity"].get(key), value)
+            for key, value in identity.items()
+            if saved["identity"].get(key) != value
+        }
         if different:
-            raise ValueError(f"{checkpoint} is of another run: {', '.join(f'{k} was {a}, is {b}' for k, (a, b) in different.items())}")
-        set_state_dict(model, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"],
-                       options=StateDictOptions(full_state_dict=True))
+            raise ValueError(
+                f"{checkpoint} is of another run: {', '.join(f'{k} was {a}, is {b}' for k, (a, b) in different.items())}"
+            )
+        set_state_dict(
+            model,
+            optimizer,
+            model_state_dict=saved["model"],
+            optim_state_dict=saved["optimizer"],
+            options=StateDictOptions(full_state_dict=True),
+        )
         state = saved["state"]
         torch.set_rng_state(saved["rng"])
         del saved
@@ -301,8 +358,17 @@ def train(args):
         weights, moments = get_state_dict(model, optimizer, options=WHOLE)
         if world.rank == 0:
             buffer = io.BytesIO()
-            torch.save({"model": weights, "optimizer": moments, "state": state, "identity": identity, "rng": torch.get_rng_state(),
-                        "config": plain.config.to_dict()}, buffer)
+            torch.save(
+                {
+                    "model": weights,
+                    "optimizer": moments,
+                    "state": state,
+                    "identity": identity,
+                    "rng": torch.get_rng_state(),
+                    "config": plain.config.to_dict(),
+                },
+                buffer,
+            )
             data.write_atomically(checkpoint, buffer.getbuffer())
 
     stopped = []
@@ -315,10 +381,20 @@ def train(args):
 
         parameters = sum(p.numel() for p in plain.parameters())
         embedding = plain.config.vocab_size * plain.config.hidden_size
-        print(f"{parameters:,} parameters ({parameters - embedding:,} without the embedding), {len(tokens):,} tokens of text, "
-              f"{steps} steps of {args.batch * args.context} tokens; from step {state['step']}", flush=True)
-        bar = tqdm(total=steps * args.batch * args.context, initial=state["step"] * args.batch * args.context, unit="tok",
-                   unit_scale=True, smoothing=0.05, mininterval=1.0 if sys.stderr.isatty() else 30.0, file=sys.stderr)
+        print(
+            f"{parameters:,} parameters ({parameters - embedding:,} without the embedding), {len(tokens):,} tokens of text, "
+            f"{steps} steps of {args.batch * args.context} tokens; from step {state['step']}",
+            flush=True,
+        )
+        bar = tqdm(
+            total=steps * args.batch * args.context,
+            initial=state["step"] * args.batch * args.context,
+            unit="tok",
+            unit_scale=True,
+            smoothing=0.05,
+            mininterval=1.0 if sys.stderr.isatty() else 30.0,
+            file=sys.stderr,
+        )
     autocast = torch.autocast(device, torch.bfloat16) if args.bf16 else contextlib.nullcontext()
     clock, cpu_clock, last_save = time.monotonic(), time.process_time(), time.monotonic()
     last = min(steps, args.stop_after or steps)
@@ -338,7 +414,10 @@ def train(args):
         loss_sum = 0.0
         for part in batch.split(micro):
             sync = contextlib.nullcontext()
-            if isinstance(model, torch.nn.parallel.DistributedDataParallel) and part.data_ptr() != batch[-micro:].data_ptr():
+            if (
+                isinstance(model, torch.nn.parallel.DistributedDataParallel)
+                and part.data_ptr() != batch[-micro:].data_ptr()
+            ):
                 sync = model.no_sync()
             with sync:
                 with autocast:
@@ -363,8 +442,15 @@ def train(args):
             state["loss_sum"], state["loss_steps"] = 0.0, 0
             norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
             if log:
-                log.add(step=step, tokens=step * args.batch * args.context, loss=mean, lr=lr, gradient_norm=norm,
-                        seconds=round(state["seconds"], 2), cpu_seconds=round(state["cpu_seconds"], 2))
+                log.add(
+                    step=step,
+                    tokens=step * args.batch * args.context,
+                    loss=mean,
+                    lr=lr,
+                    gradient_norm=norm,
+                    seconds=round(state["seconds"], 2),
+                    cpu_seconds=round(state["cpu_seconds"], 2),
+                )
                 bar.set_postfix(loss=f"{mean:.3f}", refresh=False)
         if world.rank == 0:
             bar.update(args.batch * args.context)

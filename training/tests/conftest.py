@@ -26,14 +26,51 @@ def text(tmp_path_factory):
     return path
 
 
-SMALL = ["--vocab-size", "320", "--context", "64", "--batch", "4", "--hidden-size", "32", "--intermediate-size", "64", "--layers",
-         "2", "--heads", "4", "--kv-heads", "2", "--copies", "2", "--window", "16", "--chunk", "32", "--log-steps", "1",
-         "--eval-steps", "0", "--no-tensorboard"]
+SMALL = [
+    "--vocab-size",
+    "320",
+    "--context",
+    "64",
+    "--batch",
+    "4",
+    "--hidden-size",
+    "32",
+    "--intermediate-size",
+    "64",
+    "--layers",
+    "2",
+    "--heads",
+    "4",
+    "--kv-heads",
+    "2",
+    "--copies",
+    "2",
+    "--window",
+    "16",
+    "--chunk",
+    "32",
+    "--log-steps",
+    "1",
+    "--eval-steps",
+    "0",
+    "--no-tensorboard",
+]
 
 
 def command(text, out, *options):
-    return [sys.executable, "-m", "phd_training.train", "--data", str(text), "--held-out", str(text), "--out", str(out), *SMALL,
-            *map(str, options)]
+    return [
+        sys.executable,
+        "-m",
+        "phd_training.train",
+        "--data",
+        str(text),
+        "--held-out",
+        str(text),
+        "--out",
+        str(out),
+        *SMALL,
+        *map(str, options),
+    ]
 
 
 def train(text, out, *options):
@@ -45,7 +82,9 @@ def train(text, out, *options):
 def trained(text, tmp_path_factory):
     """A small PHD-CSWA run of 40 steps, in bfloat16 and with TensorBoard."""
     out = tmp_path_factory.mktemp("run") / "run"
-    arguments = [o for o in command(text, out, "--tokens", 40 * 256, "--bf16", "--lr", "5e-3") if o != "--no-tensorboard"]
+    arguments = [
+        o for o in command(text, out, "--tokens", 40 * 256, "--bf16", "--lr", "5e-3") if o != "--no-tensorboard"
+    ]
     subprocess.run(arguments, check=True, capture_output=True, text=True)
     return out
 

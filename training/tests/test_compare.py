@@ -14,8 +14,26 @@ def test_table_and_plot_of_finished_runs(trained, phd, text, tmp_path):
         (tmp_path / "runs" / name).symlink_to(trained)
     (tmp_path / "runs" / "phd-k2-s1").mkdir()
     out = tmp_path / "compare"
-    found = subprocess.run([sys.executable, "-m", "phd_training.compare", tmp_path / "runs", "--held-out", text, "--phd", phd, "--out", out,
-                            "--segment", "64", "--context", "64"], capture_output=True, text=True)
+    found = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "phd_training.compare",
+            tmp_path / "runs",
+            "--held-out",
+            text,
+            "--phd",
+            phd,
+            "--out",
+            out,
+            "--segment",
+            "64",
+            "--context",
+            "64",
+        ],
+        capture_output=True,
+        text=True,
+    )
     assert found.returncode == 0, found.stderr
     results = json.loads(out.with_suffix(".json").read_text())
     assert sorted(results) == ["phd-cswa-2-16-32", "vanilla"] and sorted(results["vanilla"]) == ["1", "2"]
@@ -30,6 +48,12 @@ def test_table_and_plot_of_finished_runs(trained, phd, text, tmp_path):
 def test_cache_bytes():
     config = {"num_hidden_layers": 4, "num_key_value_heads": 2, "head_dim": 32}
     assert cache_bytes(config, 100) == (4 * 2 * 32 * 2 * 2 * 100, 0)
-    for copies, window, chunk, ring in ((2, 16, 32, 16), (3, 16, 32, 16), (2, 64, 32, 32), (3, 64, 0, 64), (2, 0, 0, 0)):
+    for copies, window, chunk, ring in (
+        (2, 16, 32, 16),
+        (3, 16, 32, 16),
+        (2, 64, 32, 32),
+        (3, 64, 0, 64),
+        (2, 0, 0, 0),
+    ):
         config["phd"] = {"copies": copies, "window": window, "chunk": chunk}
         assert cache_bytes(config, 100) == (102400, 1024 * ring)

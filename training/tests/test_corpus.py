@@ -14,7 +14,9 @@ def test_publishers_frames_are_left_out():
 
 
 def test_nothing_is_on_both_sides():
-    paragraphs = [f"Paragraph number {i} is long enough to be told from any other paragraph, is it not?" for i in range(500)]
+    paragraphs = [
+        f"Paragraph number {i} is long enough to be told from any other paragraph, is it not?" for i in range(500)
+    ]
     seen, held_out = set(), []
     kept = split(paragraphs + paragraphs[:100], seen, held_out, every=8, size=300)
     other = split(paragraphs[100:200], seen, held_out, every=8, size=300)

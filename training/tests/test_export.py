@@ -1,4 +1,5 @@
 """PyTorch and libphd agree on exported checkpoints: Hub folders and GGUF files."""
+
 import json
 import subprocess
 
@@ -17,8 +18,12 @@ SEGMENT = 64
 
 
 def score(phd, model, text, *options):
-    found = subprocess.run([phd, "score", model, text, "--segment", str(SEGMENT), "--cache", "f32", "--json", *options], check=True,
-                           capture_output=True, text=True)
+    found = subprocess.run(
+        [phd, "score", model, text, "--segment", str(SEGMENT), "--cache", "f32", "--json", *options],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
     return json.loads(found.stdout)
 
 
@@ -76,8 +81,12 @@ def test_gguf_tokenizers_give_llama_cpp_s_ids():
     tokens = sorted(vocabulary["vocab"], key=vocabulary["vocab"].get)
     replaced, tokens[2046:] = set(tokens[2046:]), ["<|im_start|>", "<user>"]
     merges = [pair if isinstance(pair, list) else pair.split(" ") for pair in vocabulary["merges"]]
-    fields = {"model": "gpt2", "tokens": tokens, "token_type": [3] + [1] * 2045 + [3, 4],
-              "merges": [" ".join(pair) for pair in merges if "".join(pair) not in replaced]}
+    fields = {
+        "model": "gpt2",
+        "tokens": tokens,
+        "token_type": [3] + [1] * 2045 + [3, 4],
+        "merges": [" ".join(pair) for pair in merges if "".join(pair) not in replaced],
+    }
     recorded = json.loads((ROOT / "tests/data/tokenizer/llama_cpp.json").read_text())
     for pre, cases in recorded.items():
         tokenizer = data.gguf_tokenizer({f"tokenizer.ggml.{k}": Field(v) for k, v in {**fields, "pre": pre}.items()})
@@ -94,7 +103,9 @@ def test_other_families_come_back_from_gguf(name, phd, tmp_path):
     model, _ = load(tmp_path / "model.gguf")
     golden = load_file(GOLDEN / name / "golden.safetensors")
     with torch.no_grad():
-        found = model.eval()(torch.as_tensor(golden["tokens"].astype(np.int64))[None], use_cache=False).logits[0].numpy()
+        found = (
+            model.eval()(torch.as_tensor(golden["tokens"].astype(np.int64))[None], use_cache=False).logits[0].numpy()
+        )
     assert np.abs(found - golden["logits"]).max() / np.abs(golden["logits"]).max() < 1e-5
 
 

@@ -1,4 +1,5 @@
 """The model against the float64 reference's results in tests/data/golden."""
+
 import json
 
 import numpy as np
@@ -35,9 +36,9 @@ def test_logits_are_the_reference_s(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_generate_continues_as_the_reference(name):
     model, tokens, golden = load(name)
-    prompt = tokens[:, :tokens.shape[1] // 2]
+    prompt = tokens[:, : tokens.shape[1] // 2]
     found = model.generate(prompt, max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)
-    assert found[0, prompt.shape[1]:].tolist() == golden["greedy"].tolist()
+    assert found[0, prompt.shape[1] :].tolist() == golden["greedy"].tolist()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -48,7 +49,7 @@ def test_pieces_through_the_cache_are_the_whole(name):
     cache, start, found = PhdCache(model.config), 0, []
     while start < tokens.shape[1]:
         n = int(rng.integers(1, 14))
-        found.append(model(tokens[:, start:start + n], past_key_values=cache, use_cache=True).logits[0])
+        found.append(model(tokens[:, start : start + n], past_key_values=cache, use_cache=True).logits[0])
         start += n
     assert difference(torch.cat(found), golden["logits"]) < 1e-5
 
@@ -67,7 +68,9 @@ def test_beams_and_batches_keep_their_own_hidden_rows(name):
     prompts = tokens[0, :36].view(3, 12)
     options = dict(max_new_tokens=9, do_sample=False, eos_token_id=None, pad_token_id=0)
     for beams in (1, 3):
-        cached, whole = (model.generate(prompts, num_beams=beams, use_cache=cache, **options) for cache in (True, False))
+        cached, whole = (
+            model.generate(prompts, num_beams=beams, use_cache=cache, **options) for cache in (True, False)
+        )
         assert cached.tolist() == whole.tolist()
 
 
@@ -108,10 +111,14 @@ def test_blocks_see_what_the_rules_say(monkeypatch):
                 for j in range(past + n):
                     for r in range(copies):
                         own, original = j == i and r <= s, r == 0 and j < i
-                        near = i * (copies - 1) + s - j * (copies - 1) - r <= window and (not chunk or i // chunk == j // chunk)
+                        near = i * (copies - 1) + s - j * (copies - 1) - r <= window and (
+                            not chunk or i // chunk == j // chunk
+                        )
                         if own or original or (r >= 1 and j < i and window and near):
                             expected.add((j, r))
-                keys = [(j, 0) for j in range(past + b)] + [(j, r) for j in range(first, past + b) for r in range(1, copies)]
+                keys = [(j, 0) for j in range(past + b)] + [
+                    (j, r) for j in range(first, past + b) for r in range(1, copies)
+                ]
                 assert {key for key, value in zip(keys, mask[row]) if value == 0} == expected
 
 
@@ -146,8 +153,14 @@ def test_loss_is_that_of_the_logits_and_reaches_every_weight():
 
 
 def test_what_is_not_implemented_is_refused_by_name(tmp_path):
-    for key, value in (("hidden_act", "gelu"), ("sliding_window", 128), ("mlp_bias", True), ("rope_scaling", {"rope_type": "yarn"}),
-                       ("model_type", "mamba"), ("phd", {"copies": 2, "depth": 3})):
+    for key, value in (
+        ("hidden_act", "gelu"),
+        ("sliding_window", 128),
+        ("mlp_bias", True),
+        ("rope_scaling", {"rope_type": "yarn"}),
+        ("model_type", "mamba"),
+        ("phd", {"copies": 2, "depth": 3}),
+    ):
         config = {**json.loads((GOLDEN / "llama-phd-k2/config.json").read_text()), key: value}
         (tmp_path / "config.json").write_text(json.dumps(config))
         with pytest.raises(ValueError, match="rope_type" if key == "rope_scaling" else key):

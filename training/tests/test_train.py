@@ -1,4 +1,5 @@
 """Training resumes to the bit wherever it is killed; several processes train what one does."""
+
 import json
 import random
 import signal
@@ -31,7 +32,9 @@ def losses(out):
 
 @pytest.fixture(scope="module")
 def uninterrupted(text, tmp_path_factory):
-    return train(text, tmp_path_factory.mktemp("whole") / "run", "--tokens", STEPS * 256, "--save-steps", 3, "--dtype", "float32")
+    return train(
+        text, tmp_path_factory.mktemp("whole") / "run", "--tokens", STEPS * 256, "--save-steps", 3, "--dtype", "float32"
+    )
 
 
 def test_killed_at_any_moment_it_arrives_at_the_same_bits(text, uninterrupted, tmp_path):
@@ -53,8 +56,11 @@ def test_killed_at_any_moment_it_arrives_at_the_same_bits(text, uninterrupted, t
         before, lines = stamp(checkpoint), log.read_text().count("\n") if log.exists() else 0
         wanted = lines + rng.randint(1, 5)
         while process.poll() is None:
-            if (moment == "writing" and scratch.exists()) or (moment == "written" and stamp(checkpoint) not in (None, before)) or (
-                    moment == "step" and log.exists() and log.read_text().count("\n") >= wanted):
+            if (
+                (moment == "writing" and scratch.exists())
+                or (moment == "written" and stamp(checkpoint) not in (None, before))
+                or (moment == "step" and log.exists() and log.read_text().count("\n") >= wanted)
+            ):
                 process.send_signal(signal.SIGKILL)
                 interrupted += 1
                 break
@@ -68,7 +74,10 @@ def test_killed_at_any_moment_it_arrives_at_the_same_bits(text, uninterrupted, t
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     ends = [torch.load(o / "checkpoint.pt", weights_only=True) for o in (uninterrupted, out)]
     for key, moments in ends[0]["optimizer"]["state"].items():
-        assert all(torch.equal(torch.as_tensor(moments[m]), torch.as_tensor(ends[1]["optimizer"]["state"][key][m])) for m in moments)
+        assert all(
+            torch.equal(torch.as_tensor(moments[m]), torch.as_tensor(ends[1]["optimizer"]["state"][key][m]))
+            for m in moments
+        )
 
 
 def test_asked_to_stop_it_saves_and_goes_on(text, uninterrupted, tmp_path):
@@ -87,15 +96,28 @@ def test_asked_to_stop_it_saves_and_goes_on(text, uninterrupted, tmp_path):
 
 
 def test_another_run_s_checkpoint_is_refused(text, uninterrupted):
-    found = subprocess.run(command(text, uninterrupted, "--tokens", STEPS * 256, "--lr", "9e-3"), capture_output=True, text=True)
+    found = subprocess.run(
+        command(text, uninterrupted, "--tokens", STEPS * 256, "--lr", "9e-3"), capture_output=True, text=True
+    )
     assert found.returncode != 0 and "lr was 0.001, is 0.009" in found.stderr
 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp"])
 def test_two_processes_train_what_one_does(text, uninterrupted, tmp_path, engine):
     out = tmp_path / "run"
-    options = command(text, out, "--tokens", STEPS * 256, "--dtype", "float32", "--engine", engine, "--micro-batch", 1)[3:]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "phd_training.train"]
+    options = command(text, out, "--tokens", STEPS * 256, "--dtype", "float32", "--engine", engine, "--micro-batch", 1)[
+        3:
+    ]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "phd_training.train",
+    ]
     half = subprocess.run([*torchrun, *options, "--stop-after", "8"], capture_output=True, text=True)
     assert half.returncode == 0, half.stderr
     assert torch.load(out / "checkpoint.pt", weights_only=True)["state"]["step"] == 8
@@ -160,9 +182,24 @@ def test_upcycling_starts_from_the_vanilla_weights(text, tmp_path, trained):
 
     vanilla, tokenizer = load(trained / "model", {"copies": 1})
     save_hub(vanilla, tokenizer, tmp_path / "vanilla", torch.float32)
-    out = train(text, tmp_path / "run", "--init", tmp_path / "vanilla", "--copies", 3, "--tokens", 256, "--lr", 0, "--dtype", "float32")
+    out = train(
+        text,
+        tmp_path / "run",
+        "--init",
+        tmp_path / "vanilla",
+        "--copies",
+        3,
+        "--tokens",
+        256,
+        "--lr",
+        0,
+        "--dtype",
+        "float32",
+    )
     before, after = load_file(tmp_path / "vanilla/model.safetensors"), weights(out)
     assert all(torch.equal(before[name], after[name]) for name in before)
     config = json.loads((out / "model/config.json").read_text())
     assert config["phd"] == {"copies": 3, "window": 16, "chunk": 32}
-    assert Tokenizer.from_file(str(out / "model/tokenizer.json")).get_vocab() == Tokenizer.from_str(tokenizer).get_vocab()
+    assert (
+        Tokenizer.from_file(str(out / "model/tokenizer.json")).get_vocab() == Tokenizer.from_str(tokenizer).get_vocab()
+    )
