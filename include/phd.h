@@ -270,6 +270,23 @@ typedef enum phd_draft_kind {
 } phd_draft_kind;
 
 /*
+ How much is said; each level includes those before it.
+ */
+typedef enum phd_log_level {
+  PHD_LOG_OFF = 0,
+  PHD_LOG_ERROR,
+  PHD_LOG_WARN,
+  /*
+   Models and sessions come into being.
+   */
+  PHD_LOG_INFO,
+  /*
+   What happens within calls: a full cache, drops, evictions, cancelled work.
+   */
+  PHD_LOG_DEBUG,
+} phd_log_level;
+
+/*
  What went wrong: a status and a sentence. Freed by the caller.
  */
 typedef struct phd_error phd_error;

@@ -10,6 +10,7 @@
 //! The analysis takes more texts for possible than are, never fewer: counts of repetitions are taken for unbounded, and what follows
 //! an expression at one place for what follows it anywhere.
 
+use std::collections::hash_map::Entry;
 use std::collections::{HashMap, HashSet};
 
 use super::grammar::{Grammar, Node, NodeId, Set};
@@ -77,9 +78,9 @@ impl Lexemes {
             return Ok(None);
         };
         for &id in &order.leaves {
-            if !shapes.contains_key(&id) {
+            if let Entry::Vacant(vacant) = shapes.entry(id) {
                 let Some(shape) = Shape::of(grammar, id, &self.nullable, environment, budget) else { return Ok(None) };
-                shapes.insert(id, shape);
+                vacant.insert(shape);
             }
         }
         let lexemes: Vec<&Shape> = order.leaves.iter().map(|id| &shapes[id]).collect();

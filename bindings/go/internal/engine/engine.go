@@ -59,6 +59,7 @@ type Engine struct {
 	stopped chan struct{}
 	wake    chan struct{} // capacity 1: something changed that the loop may be waiting for
 	ticks   int64         // the loop's
+	answers []func()      // the loop's: what to tell when this round is over
 
 	mu       sync.Mutex
 	queue    []*Generation // in the order in which they are served
@@ -200,6 +201,13 @@ func (e *Engine) Drain(ctx context.Context) error {
 	case <-e.stopped:
 	}
 	return ctx.Err()
+}
+
+// Draining reports whether new generations are refused: after Drain, or when there is no session to run them in.
+func (e *Engine) Draining() bool {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return e.draining
 }
 
 // Close cancels everything, ends the loop and frees the session.

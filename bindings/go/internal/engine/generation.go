@@ -45,7 +45,6 @@ type Event struct {
 	Text     string // the whole characters that this token has completed
 	Logprob  float32
 	Top      []phd.TokenLogprob
-	Prompt   bool
 }
 
 // Progress counts prompt tokens. Processed includes Cached.
@@ -68,21 +67,20 @@ const (
 
 // A Result says how a generation went.
 type Result struct {
-	Reason       StopReason
-	StopWord     string
-	Truncated    bool   // the context was too small: the generation ended there, or has lost its middle
-	Err          error  // for StopError
-	Tail         string // text after that of the last event: what was held back until it was clear that no stop string came
-	Slot         int    // -1: it has never run
-	NPrompt      int
-	NCached      int         // prompt tokens that did not have to be evaluated
-	NDecoded     int         // generated tokens, an end token included
-	Tokens       []phd.Token // generated ones without the end token
-	QueueTime    time.Duration
-	PromptTime   time.Duration
-	PredictTime  time.Duration
-	HasNewLine   bool
-	SlotNContext int
+	Reason      StopReason
+	StopWord    string
+	Truncated   bool   // the context was too small: the generation ended there, or has lost its middle
+	Err         error  // for StopError
+	Tail        string // text after that of the last event: what was held back until it was clear that no stop string came
+	Slot        int    // -1: it has never run
+	NPrompt     int
+	NCached     int         // prompt tokens that did not have to be evaluated
+	NDecoded    int         // generated tokens, an end token included
+	Tokens      []phd.Token // generated ones without the end token
+	QueueTime   time.Duration
+	PromptTime  time.Duration
+	PredictTime time.Duration
+	HasNewLine  bool
 }
 
 // A Generation is one text being made. Its methods may be called from any goroutine, Next from one at a time.
@@ -99,7 +97,6 @@ type Generation struct {
 	stream    *phd.Stream
 	tokens    []phd.Token // the text: prompt, then what was generated
 	done      int         // of these, in the sequence
-	firstDone int         // of the prompt, when the sequence was last taken over
 	generated []phd.Token
 	nDecoded  int
 	nCached   int

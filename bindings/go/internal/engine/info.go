@@ -70,11 +70,6 @@ func (e *Engine) publish() {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	e.infos, e.usage = infos, usage
-	isIdle := len(e.queue) == 0 && len(e.tasks) == 0
-	for _, info := range infos {
-		isIdle = isIdle && !info.Busy
-	}
-	e.setIdleLocked(isIdle)
 }
 
 // Slots says what each slot did when the last batch ended.

@@ -21,7 +21,10 @@ const leastShare = 16
 func (e *Engine) loop() {
 	defer close(e.stopped)
 	for {
-		if e.safeRound() {
+		worked := e.safeRound()
+		e.publish()
+		e.deliver()
+		if worked {
 			continue
 		}
 		e.mu.Lock()
@@ -51,9 +54,24 @@ func (e *Engine) round() bool {
 	e.sweep()
 	e.runTasks()
 	e.admit()
-	decoded := e.decode()
-	e.publish()
-	return decoded
+	return e.decode()
+}
+
+// deliver tells those who wait what has come of their generations and tasks: last in a round, so that whoever has an answer
+// finds the engine, as Slots and Snapshot show it, as it is after that.
+func (e *Engine) deliver() {
+	for _, answer := range e.answers {
+		answer()
+	}
+	clear(e.answers)
+	e.answers = e.answers[:0]
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	isIdle := len(e.queue) == 0 && len(e.tasks) == 0
+	for _, s := range e.slots {
+		isIdle = isIdle && s.gen == nil
+	}
+	e.setIdleLocked(isIdle)
 }
 
 // running are the generations that have slots.
@@ -95,7 +113,7 @@ func (e *Engine) finish(g *Generation, reason StopReason, err error) {
 	result := Result{
 		Reason: reason, Truncated: g.truncated, Err: err, Slot: -1,
 		NPrompt: len(g.params.Prompt), NCached: g.nCached, NDecoded: g.nDecoded, Tokens: g.generated,
-		HasNewLine: g.newLine, SlotNContext: e.cfg.SlotContext,
+		HasNewLine: g.newLine,
 	}
 	if reason == StopWord {
 		stop, _ := g.stream.Stopped()
@@ -129,7 +147,7 @@ func (e *Engine) finish(g *Generation, reason StopReason, err error) {
 		e.counters.PredictTime += result.PredictTime
 	}
 	e.mu.Unlock()
-	g.end(result)
+	e.answers = append(e.answers, func() { g.end(result) })
 }
 
 // tick counts up, to order slots by when they were last used.
@@ -148,7 +166,7 @@ func (e *Engine) runTasks() {
 	var waiting []*task
 	for _, t := range tasks {
 		if err := t.ctx.Err(); err != nil {
-			t.done <- err
+			e.answer(t, err)
 			continue
 		}
 		var s *slot
@@ -162,7 +180,7 @@ func (e *Engine) runTasks() {
 			e.runTask(t, s)
 			s.used = e.tick()
 		case draining:
-			t.done <- ErrDraining
+			e.answer(t, ErrDraining)
 		default:
 			waiting = append(waiting, t)
 		}
@@ -175,8 +193,12 @@ func (e *Engine) runTasks() {
 // runTask runs one task. Whoever waits for it gets an answer whatever happens.
 func (e *Engine) runTask(t *task, s *slot) {
 	err := errors.New("internal error")
-	defer func() { t.done <- err }()
+	defer func() { e.answer(t, err) }()
 	err = t.run(s)
+}
+
+func (e *Engine) answer(t *task, err error) {
+	e.answers = append(e.answers, func() { t.done <- err })
 }
 
 // leastUsed is the idle slot that was used last before all others, empty ones first; nil if none is idle.
@@ -320,7 +342,7 @@ func (e *Engine) place(g *Generation) (outcome, error) {
 			return waits, err
 		}
 	}
-	g.done, g.firstDone, g.dropped = done, done, 0
+	g.done, g.dropped = done, 0
 	if !g.admitted {
 		g.admitted = true
 		g.nCached = done

@@ -34,7 +34,7 @@ func (s *Server) registerInfo(mux *http.ServeMux) {
 }
 
 func (s *Server) health(w http.ResponseWriter, r *http.Request) error {
-	if s.draining.Load() {
+	if s.draining.Load() || s.loaded().engine.Draining() {
 		return unavailable(shuttingDownMessage)
 	}
 	s.writeJSON(w, http.StatusOK, map[string]any{"status": "ok"})
