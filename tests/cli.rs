@@ -67,6 +67,10 @@ fn run_follows_a_schema_and_other_stages() {
     let text = stdout(&["run", "MODEL", "-p", "x", "--grammar", &grammar, "--samplers", "xtc;top_k;temperature"]);
     let word = text.trim_end().strip_prefix('x').unwrap();
     assert!(word.len() == 5 && word.bytes().all(|b| (b'a'..=b'c').contains(&b)), "{text}");
+    let gbnf = file("grammar.gbnf", "root ::= \"(\" root \")\" | [d-f]{3} # nested\n");
+    let text = stdout(&["run", "MODEL", "-p", "x", "--gbnf", &gbnf, "--seed", "3", "--temp", "0.2"]);
+    let word = text.trim_end().trim_start_matches(['x', '(']).trim_end_matches(')');
+    assert!(word.len() == 3 && word.bytes().all(|b| (b'd'..=b'f').contains(&b)), "{text}");
     let bad = file("bad.json", r#"{"uniqueItems": true}"#);
     let output = phd(&["run", "MODEL", "-p", "x", "--schema", &bad]);
     let message = String::from_utf8_lossy(&output.stderr);

@@ -16,9 +16,10 @@ pub const MAX_SCHEMA: usize = 1 << 20;
 pub const MAX_GRAMMAR: usize = 1 << 17;
 /// How deeply brackets may nest in a grammar, outside its literals.
 pub(super) const MAX_DEPTH: usize = 100;
-/// The most steps of the parser for the tokens of one place in GBNF, of which some are read character by character: up to a tenth of a
-/// second of work.
-const GBNF_ITEMS: usize = 2_000_000;
+/// Limits of llguidance's parser for grammars that it reads character by character: more items to find the tokens that may come next,
+/// some tenths of a second of work, but fewer at a time, for it compares them with each other.
+const FINE_ITEMS: usize = 1_000_000;
+const FINE_ROW: usize = 500;
 /// Compilers recurse as deeply as definitions refer to each other, and a stack that overflows cannot be caught. Within the
 /// limits above and [`schema::MAX_REFS`] this is enough; only what is touched takes memory.
 const STACK: usize = 256 << 20;
@@ -157,9 +158,12 @@ impl Constraint {
     pub fn gbnf(environment: &Arc<TokenEnvironment>, grammar: &str) -> Result<Self> {
         check_length("the grammar", grammar.len(), MAX_GRAMMAR)?;
         let refuse = |e: String| invalid!("the grammar is refused: {e}");
-        let lark = on_large_stack(|| gbnf::to_lark(grammar, environment))??;
-        let grammar = GrammarWithLexer::from_lark(lark);
-        Self::within(environment, grammar, ParserLimits { step_max_items: GBNF_ITEMS, ..environment.limits() }, refuse)
+        let grammar = on_large_stack(|| gbnf::translate(grammar, environment))??;
+        let limits = match grammar.is_fine_grained {
+            true => ParserLimits { step_max_items: FINE_ITEMS, max_items_in_row: FINE_ROW, ..environment.limits() },
+            false => environment.limits(),
+        };
+        Self::within(environment, GrammarWithLexer::from_lark(grammar.lark), limits, refuse)
     }
 
     fn new(

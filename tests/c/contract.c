@@ -906,6 +906,14 @@ static void samplers(const char *text_model) {
   INVALID("sampler", phd_sampler_remove_constraint(NULL, &error));
   OK(phd_sampler_remove_constraint(sampler, &error));
 
+  INVALID("line 1, column 11", phd_sampler_add_gbnf(sampler, model, "root ::= (", 10, &error));
+  OK(phd_sampler_add_gbnf(sampler, model, "root ::= \"a\" root | \"b\"", 23, &error));
+  OK(phd_sampler_constraint_accept(sampler, "aab", 3, &error));
+  OK(phd_sampler_constraint_done(sampler, &done, &error));
+  CHECK(done);
+  OK(phd_sampler_remove_constraint(sampler, &error));
+  INVALID("model", phd_sampler_add_gbnf(sampler, NULL, "root ::= \"a\"", 12, &error));
+
   OK(phd_sampler_add_json_schema(sampler, model, schema, strlen(schema), &error));
   INVALID("constraint", phd_sampler_add_regex(sampler, model, "a", 1, &error));
   OK(phd_sampler_add_dry_breaker_text(sampler, model, "\n", 1, &error));

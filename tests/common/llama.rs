@@ -92,6 +92,73 @@ impl Drop for Llama {
     }
 }
 
+/// A model's vocabulary alone.
+pub struct Vocabulary(*mut sys::llama_model);
+
+/// llama.cpp's own engine of grammars.
+pub struct Grammar {
+    sampler: *mut sys::llama_sampler,
+    n_vocab: usize,
+}
+
+impl Vocabulary {
+    pub fn load(path: &Path) -> Vocabulary {
+        start();
+        // SAFETY: parameters are llama.cpp's own defaults; the pointer is checked.
+        unsafe {
+            let mut params = sys::llama_model_default_params();
+            params.vocab_only = true;
+            let model = sys::llama_model_load_from_file(c_path(path).as_ptr(), params);
+            assert!(!model.is_null(), "llama.cpp does not load {}", path.display());
+            Vocabulary(model)
+        }
+    }
+
+    /// `None` if llama.cpp refuses the grammar. The vocabulary must outlive it.
+    pub fn grammar(&self, text: &str) -> Option<Grammar> {
+        let text = CString::new(text).unwrap();
+        // SAFETY: a live model and terminated strings.
+        unsafe {
+            let vocab = sys::llama_model_get_vocab(self.0);
+            let sampler = sys::llama_sampler_init_grammar(vocab, text.as_ptr(), c"root".as_ptr());
+            (!sampler.is_null()).then(|| Grammar { sampler, n_vocab: sys::llama_vocab_n_tokens(vocab) as usize })
+        }
+    }
+}
+
+impl Drop for Vocabulary {
+    fn drop(&mut self) {
+        // SAFETY: made in `load`, freed once.
+        unsafe { sys::llama_model_free(self.0) }
+    }
+}
+
+impl Grammar {
+    /// (token): whether it may come next.
+    pub fn allowed(&mut self) -> Vec<bool> {
+        let token = |id| sys::llama_token_data { id, logit: 1.0, p: 0.0 };
+        let mut data: Vec<sys::llama_token_data> = (0..self.n_vocab as i32).map(token).collect();
+        let mut array =
+            sys::llama_token_data_array { data: data.as_mut_ptr(), size: data.len(), selected: -1, sorted: false };
+        // SAFETY: a live sampler; `array` is of `data`, which outlives it.
+        unsafe { sys::llama_sampler_apply(self.sampler, &mut array) };
+        data.iter().map(|d| d.logit > f32::NEG_INFINITY).collect()
+    }
+
+    /// Advances by a token, which must be allowed.
+    pub fn accept(&mut self, token: u32) {
+        // SAFETY: a live sampler.
+        unsafe { sys::llama_sampler_accept(self.sampler, token as i32) }
+    }
+}
+
+impl Drop for Grammar {
+    fn drop(&mut self) {
+        // SAFETY: made by `Vocabulary::grammar`, freed once.
+        unsafe { sys::llama_sampler_free(self.sampler) }
+    }
+}
+
 /// llama-quantize.
 pub fn quantize(input: &Path, out: &Path, file_type: u32, pure: bool) {
     start();

@@ -158,6 +158,9 @@ pub struct Run {
     /// Write text of the grammar in this file, in llguidance's variant of Lark
     #[arg(long, value_name = "FILE", group = "constraint")]
     grammar: Option<PathBuf>,
+    /// Write text of the grammar in this file, in llama.cpp's format
+    #[arg(long, value_name = "FILE", group = "constraint")]
+    gbnf: Option<PathBuf>,
     #[command(flatten)]
     drafting: Drafting,
     #[command(flatten)]
@@ -207,10 +210,13 @@ impl Drafting {
 impl Run {
     fn constraint(&self, model: &Model) -> Result<Option<Constraint>, Failure> {
         type Make = fn(&Arc<TokenEnvironment>, &str) -> phd::Result<Constraint>;
-        let (path, make): (_, Make) = match (&self.schema, &self.grammar) {
-            (Some(path), _) => (path, Constraint::json_schema),
-            (None, Some(path)) => (path, Constraint::grammar),
-            (None, None) => return Ok(None),
+        let kinds: [(_, Make); 3] = [
+            (&self.schema, Constraint::json_schema),
+            (&self.grammar, Constraint::grammar),
+            (&self.gbnf, Constraint::gbnf),
+        ];
+        let Some((path, make)) = kinds.into_iter().find_map(|(path, make)| Some((path.as_ref()?, make))) else {
+            return Ok(None);
         };
         let text = std::fs::read_to_string(path).map_err(|e| format!("{}: {e}", path.display()))?;
         let made = make(&model.token_environment()?, &text);

@@ -25,6 +25,8 @@ pub struct Lexemes {
     is_lexeme: Vec<bool>,
     pub nullable: Vec<bool>,
     pub has_text: Vec<bool>,
+    /// Whether any has been broken.
+    pub are_broken: bool,
 }
 
 impl Lexemes {
@@ -42,14 +44,18 @@ impl Lexemes {
             Node::Rule(_) => false, // its body is
             _ => regular[id] && has_text[id],
         });
-        let mut lexemes = Lexemes { is_lexeme: is_lexeme.collect(), nullable, has_text };
+        let mut lexemes = Lexemes { is_lexeme: is_lexeme.collect(), nullable, has_text, are_broken: false };
         let mut budget = BUDGET;
         let mut shapes = HashMap::new();
         loop {
             match lexemes.conflicts(grammar, environment, &mut shapes, &mut budget)? {
                 Some(conflicts) if conflicts.is_empty() => return Ok(lexemes),
-                Some(conflicts) => conflicts.into_iter().for_each(|id| lexemes.is_lexeme[id] = false),
+                Some(conflicts) => {
+                    lexemes.are_broken = true;
+                    conflicts.into_iter().for_each(|id| lexemes.is_lexeme[id] = false);
+                }
                 None => {
+                    lexemes.are_broken = true;
                     let is_small = |id: NodeId| matches!(grammar.node(id), Node::Class(_));
                     if (0..grammar.len()).any(|id| matches!(grammar.node(id), Node::Token(_))) {
                         return Err(unsupported!("the grammar is too large to tell its tokens from its text"));
@@ -114,6 +120,10 @@ impl Lexemes {
                     }
                     Meeting::default()
                 }
+                // Nothing follows: they can be as long as they like.
+                (Shape::Text(_), Shape::Text(_)) if order.next[a].is_empty() && order.next[b].is_empty() => {
+                    Meeting::default()
+                }
                 (Shape::Text(x), Shape::Text(y)) => Meeting::of((x, &follow[a]), (y, &follow[b]), budget),
             };
             if meeting.has_ambiguous_token {
@@ -133,18 +143,26 @@ fn ambiguous_token() -> crate::Error {
     unsupported!("the grammar allows a token that is no control token where it allows text, too")
 }
 
-/// Neighbours in a sequence that are regular, while the whole is not, become a sequence of their own.
+/// Neighbours in a sequence that are regular, while the whole is not, become a sequence of their own; so do alternatives.
 fn join_neighbours(grammar: &mut Grammar, regular: &[bool]) -> Result<()> {
-    for id in 0..regular.len() {
-        let Node::Seq(children) = grammar.node(id) else { continue };
-        if regular[id] {
-            continue;
-        }
-        let runs: Vec<Vec<NodeId>> =
-            children.chunk_by(|&a, &b| regular[a] && regular[b]).map(<[NodeId]>::to_vec).collect();
-        if runs.len() < children.len() {
-            let joined = runs.into_iter().map(|run| grammar.add(Node::Seq(run))).collect::<Result<_>>()?;
-            grammar.replace(id, Node::Seq(joined));
+    for id in (0..regular.len()).filter(|&id| !regular[id]) {
+        match grammar.node(id) {
+            Node::Seq(children) => {
+                let runs: Vec<Vec<NodeId>> =
+                    children.chunk_by(|&a, &b| regular[a] && regular[b]).map(<[NodeId]>::to_vec).collect();
+                if runs.len() < children.len() {
+                    let joined = runs.into_iter().map(|run| grammar.add(Node::Seq(run))).collect::<Result<_>>()?;
+                    grammar.replace(id, Node::Seq(joined));
+                }
+            }
+            Node::Alt(children) => {
+                let (simple, mut others): (Vec<NodeId>, Vec<NodeId>) = children.iter().partition(|&&c| regular[c]);
+                if simple.len() > 1 {
+                    others.push(grammar.add(Node::Alt(simple))?);
+                    grammar.replace(id, Node::Alt(others));
+                }
+            }
+            _ => {}
         }
     }
     Ok(())

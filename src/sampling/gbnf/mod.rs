@@ -13,16 +13,27 @@ use lexemes::Lexemes;
 use super::constraint::TokenEnvironment;
 use crate::error::Result;
 
-/// The same grammar in llguidance's variant of Lark's syntax.
-///
+/// The same grammar for llguidance.
+pub struct Translation {
+    /// In its variant of Lark's syntax.
+    pub lark: String,
+    /// Whether the parser has more and smaller pieces of text to do than it is made for; only small grammars may.
+    pub is_fine_grained: bool,
+}
+
+/// The most rules of a grammar that may be fine-grained: the parser's work for a piece of text grows with them.
+const MAX_FINE_GRAINED: usize = 300;
+
 /// # Errors
 /// `InvalidArgument` with line, column, what was found and what was expected; `Unsupported` for tokens that cannot be told from text.
-pub fn to_lark(text: &str, environment: &TokenEnvironment) -> Result<String> {
+pub fn translate(text: &str, environment: &TokenEnvironment) -> Result<Translation> {
     let mut grammar = parse::parse(text, environment)?;
     grammar.unroll_tails()?;
     grammar.check_ends()?;
     let lexemes = Lexemes::find(&mut grammar, environment)?;
-    Ok(Writer::new(&grammar, &lexemes).write())
+    let lark = Writer::new(&grammar, &lexemes).write();
+    let is_fine_grained = lexemes.are_broken && lark.lines().count() <= MAX_FINE_GRAINED;
+    Ok(Translation { lark, is_fine_grained })
 }
 
 /// How deeply one regular expression may nest: each level here is up to four there, where 250 are allowed.
@@ -182,5 +193,69 @@ fn class(set: &Set, out: &mut String) {
             }
             out.push(']');
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+    use crate::tokenizer::{GgufVocab, Tokenizer};
+
+    fn environment() -> TokenEnvironment {
+        let tokens = ["a", "b", "</s>"].map(str::to_owned).to_vec();
+        let vocab =
+            GgufVocab { model: "gpt2".to_owned(), tokens, token_types: Some(vec![1, 1, 3]), ..Default::default() };
+        let tokenizer = Tokenizer::from_gguf(Path::new("letters"), vocab).unwrap();
+        TokenEnvironment::new(&tokenizer).unwrap()
+    }
+
+    /// How many lexemes there are, and whether any has been broken.
+    fn lexemes(text: &str) -> (usize, bool) {
+        let translation = translate(text, &environment()).unwrap();
+        let n = translation.lark.lines().filter(|line| line.starts_with('L')).count();
+        (n, translation.is_fine_grained)
+    }
+
+    /// What decides how fast a grammar is.
+    #[test]
+    fn regular_parts_are_lexemes() {
+        // Without recursion: all of it, rules included.
+        assert_eq!(lexemes("root ::= \"x\"* y [a-z]+ \"z\"{2,5}\ny ::= (\"y\" | z)?\nz ::= [^z]"), (1, false));
+        assert_eq!(lexemes("root ::= item ws\nitem ::= \"a\" item | \"b\"\nws ::= ([ \\t] ws)?"), (1, false), "tails");
+        // JSON: strings, numbers and words are one; then come { } [ ] : and commas with the white space after them.
+        let json = r#"
+            root   ::= value
+            value  ::= "{" ws (pair ("," ws pair)*)? "}" ws | "[" ws (value ("," ws value)*)? "]" ws | simple
+            pair   ::= string ":" ws value
+            simple ::= (string | [0-9]+ ws | "true" ws)
+            string ::= "\"" ([^"\\] | "\\" ["\\nt])* "\"" ws
+            ws     ::= [ \n]*
+        "#;
+        let (n, is_broken) = lexemes(json);
+        assert!(n <= 9 && !is_broken, "{n}");
+        // Each of these has a lexeme that could swallow what comes after it.
+        for text in [
+            "root ::= \"(\" root \")\" | [a-z]+ root? \"b\"",
+            "root ::= \"a\" root \"b\" | \"aab\"*",
+            "root ::= \"(\" root \")\" | \"é\" root | [è-ë]+",
+        ] {
+            assert!(lexemes(text).1, "{text}");
+        }
+    }
+
+    #[test]
+    fn classes_are_sets_of_characters() {
+        let set = |ranges: &[(u32, u32)], negated| Set::new(ranges.to_vec(), negated).map(|s| s.ranges().to_vec());
+        assert_eq!(set(&[(5, 9), (1, 3), (4, 4), (8, 20)], false), Some(vec![(1, 20)]));
+        assert_eq!(set(&[(5, 5), (0, 3)], true), Some(vec![(4, 4), (6, 0xd7ff), (0xe000, 0x10ffff)]));
+        assert_eq!(set(&[(0xd000, u32::MAX)], false), Some(vec![(0xd000, 0xd7ff), (0xe000, 0x10ffff)]));
+        assert_eq!(set(&[], true), Some(vec![(0, 0xd7ff), (0xe000, 0x10ffff)]));
+        assert_eq!((set(&[], false), set(&[(0xd800, 0xdfff)], false), set(&[(0, u32::MAX)], true)), (None, None, None));
+        let meets = |a: &[(u32, u32)], b: &[(u32, u32)]| {
+            Set::new(a.to_vec(), false).unwrap().intersects(&Set::new(b.to_vec(), false).unwrap())
+        };
+        assert!(meets(&[(1, 2), (9, 9)], &[(3, 5), (9, 12)]) && !meets(&[(1, 2), (9, 9)], &[(3, 8), (10, 10)]));
     }
 }
