@@ -774,6 +774,8 @@ fn hostile_grammars_end() {
         format!("root ::= \"(\" root | {}", many(3000, &|i| format!("[a-z]+ \"{i}\""), " | ")),
         format!("root ::= \"(\" root | {}", many(8000, &|i| format!("\"{i}\""), " | ")),
         format!("root ::= \"(\" root | {}", many(2000, &|i| format!("\"{i}\" root \"{i}\""), " | ")),
+        format!("root ::= \"x\" | {}", many(6000, &|i| format!("\"{i}\" root \"{i}\""), " | ")),
+        format!("root ::= \"x\" | {}", many(6000, &|i| format!("[a-z]+ \"{i}\" root"), " | ")),
         format!("root ::= \"{}\" root | \"\"", "ab".repeat(50_000)),
         format!("root ::= [{}]", many(10_000, &|i| char::from_u32(0x4e00 + 2 * i as u32).unwrap().to_string(), "")),
         format!("root ::= {}", many(20, &|_| ".{0,100000}".to_owned(), " ")),
@@ -791,7 +793,9 @@ fn hostile_grammars_end() {
         "root ::= \"a\"\n".repeat(5000),
         "é".repeat(50_000),
         "a".repeat(200_000),
-        format!("root ::= {}", many(5000, &|_| "!</s>".to_owned(), " ")),
+        format!("root ::= {}", many(5000, &|_| "!<|im_start|>".to_owned(), " ")),
+        format!("root ::= {}", many(8000, &|i| format!("!<[{}]>", 1000 + i), " ")),
+        format!("root ::= {}", many(8000, &|i| format!("<[{}]>", 1000 + i), "* ")),
     ];
     for text in grammars {
         let begin = Instant::now();

@@ -17,8 +17,8 @@ use super::grammar::{Grammar, Node, NodeId, Set};
 use crate::error::{Result, unsupported};
 use crate::sampling::constraint::TokenEnvironment;
 
-/// Steps of the analysis, some hundred milliseconds of work; beyond them the grammar is read character by character.
-const BUDGET: usize = 20_000_000;
+/// Steps of the analysis, some tenths of a second of work; beyond them the grammar is read character by character.
+const BUDGET: usize = 5_000_000;
 
 pub struct Lexemes {
     /// (node)
@@ -94,48 +94,49 @@ impl Lexemes {
         // Pairs that may come at the same place; those that match the same text lead to more such pairs.
         let (mut seen, mut to_do, mut conflicts) = (HashSet::new(), Vec::new(), HashSet::new());
         let mut push = |a: &[usize], b: &[usize], to_do: &mut Vec<(usize, usize)>, budget: &mut usize| {
+            *budget = budget.checked_sub(a.len() * b.len())?;
             let pairs = a.iter().flat_map(|&a| b.iter().map(move |&b| (a.min(b), a.max(b))));
             to_do.extend(pairs.filter(|&pair| seen.insert(pair)));
-            *budget = budget.saturating_sub(a.len() * b.len());
+            Some(())
         };
-        push(&order.first, &order.first, &mut to_do, budget);
+        if push(&order.first, &order.first, &mut to_do, budget).is_none() {
+            return Ok(None);
+        }
         while let Some((a, b)) = to_do.pop() {
-            if *budget == 0 {
-                return Ok(None);
-            }
             let meeting = match (lexemes[a], lexemes[b]) {
                 (Shape::Token { .. }, Shape::Token { .. }) if a == b => {
-                    Meeting { is_common: true, ..Meeting::default() }
+                    Some(Meeting { is_common: true, ..Meeting::default() })
                 }
                 (Shape::Token { ranges: x, .. }, Shape::Token { ranges: y, .. }) => {
                     if x.iter().any(|x| y.iter().any(|y| x.0 <= y.1 && y.0 <= x.1)) {
                         return Err(unsupported!("the grammar allows the same token in two ways at one place"));
                     }
-                    Meeting::default()
+                    Some(Meeting::default())
                 }
                 (Shape::Token { is_control, .. }, Shape::Text { .. })
                 | (Shape::Text { .. }, Shape::Token { is_control, .. }) => {
                     if !is_control {
                         return Err(ambiguous_token());
                     }
-                    Meeting::default()
+                    Some(Meeting::default())
                 }
                 // Nothing follows: they can be as long as they like.
                 (Shape::Text(_), Shape::Text(_)) if order.next[a].is_empty() && order.next[b].is_empty() => {
-                    Meeting::default()
+                    Some(Meeting::default())
                 }
                 (Shape::Text(x), Shape::Text(y)) => Meeting::of((x, &follow[a]), (y, &follow[b]), budget),
             };
+            let Some(meeting) = meeting else { return Ok(None) };
             if meeting.has_ambiguous_token {
                 return Err(ambiguous_token());
             }
             conflicts.extend(meeting.a_is_too_long.then_some(order.leaves[a]));
             conflicts.extend(meeting.b_is_too_long.then_some(order.leaves[b]));
-            if meeting.is_common {
-                push(&order.next[a], &order.next[b], &mut to_do, budget);
+            if meeting.is_common && push(&order.next[a], &order.next[b], &mut to_do, budget).is_none() {
+                return Ok(None);
             }
         }
-        Ok((*budget > 0).then_some(conflicts))
+        Ok(Some(conflicts))
     }
 }
 
@@ -372,10 +373,11 @@ struct Meeting {
 }
 
 impl Meeting {
-    fn of((a, a_follow): (&Text, &Follow), (b, b_follow): (&Text, &Follow), budget: &mut usize) -> Meeting {
+    /// `None` if the budget is used up.
+    fn of((a, a_follow): (&Text, &Follow), (b, b_follow): (&Text, &Follow), budget: &mut usize) -> Option<Meeting> {
         let mut meeting = Meeting::default();
         if !a.first.intersects(b.first) {
-            return meeting;
+            return Some(meeting);
         }
         // Whether `other`, which may be longer than the text so far, goes on as what follows this one does.
         let goes_on = |other: &Text, state: usize, follow: &Follow| {
@@ -385,6 +387,7 @@ impl Meeting {
         };
         let (mut seen, mut to_do) = (HashSet::new(), Vec::new());
         let mut push = |x: &[usize], y: &[usize], to_do: &mut Vec<(usize, usize)>, budget: &mut usize| {
+            *budget = budget.checked_sub(x.len() * y.len())?;
             for &x in x {
                 for &y in y {
                     if a.sets[x].intersects(&b.sets[y]) && seen.insert((x, y)) {
@@ -392,13 +395,10 @@ impl Meeting {
                     }
                 }
             }
-            *budget = budget.saturating_sub(x.len() * y.len());
+            Some(())
         };
-        push(&a.order.first, &b.order.first, &mut to_do, budget);
+        push(&a.order.first, &b.order.first, &mut to_do, budget)?;
         while let Some((x, y)) = to_do.pop() {
-            if *budget == 0 {
-                return meeting;
-            }
             let (a_ends, b_ends) = (a.order.is_last[x], b.order.is_last[y]);
             meeting.is_common |= a_ends && b_ends;
             if a_ends {
@@ -411,8 +411,8 @@ impl Meeting {
                 meeting.a_is_too_long |= is_too_long;
                 meeting.has_ambiguous_token |= is_token;
             }
-            push(&a.order.next[x], &b.order.next[y], &mut to_do, budget);
+            push(&a.order.next[x], &b.order.next[y], &mut to_do, budget)?;
         }
-        meeting
+        Some(meeting)
     }
 }

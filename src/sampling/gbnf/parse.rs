@@ -14,7 +14,7 @@ pub const MAX_REPETITIONS: u32 = 100_000;
 /// # Errors
 /// `InvalidArgument` with line, column, what was found and what was expected.
 pub fn parse(text: &str, environment: &TokenEnvironment) -> Result<Grammar> {
-    let mut p = Parser { text, at: 0, environment, grammar: Grammar::default(), names: HashMap::new() };
+    let mut p = Parser { text, at: 0, environment, grammar: Grammar::default(), names: HashMap::new(), choices: None };
     p.space(true);
     while p.peek().is_some() {
         p.rule()?;
@@ -44,6 +44,7 @@ struct Parser<'a> {
     environment: &'a TokenEnvironment,
     grammar: Grammar,
     names: HashMap<&'a str, Name>,
+    choices: Option<Vec<(u32, u32)>>,
 }
 
 fn is_word(c: char) -> bool {
@@ -327,6 +328,21 @@ impl<'a> Parser<'a> {
         Ok(value)
     }
 
+    /// All tokens that may be asked for.
+    fn choices(&mut self) -> &[(u32, u32)] {
+        let environment = self.environment;
+        self.choices.get_or_insert_with(|| {
+            let mut ranges: Vec<(u32, u32)> = Vec::new();
+            for id in (0..environment.n_vocab()).filter(|&id| environment.is_choice(id)) {
+                match ranges.last_mut() {
+                    Some(last) if last.1 + 1 == id => last.1 = id,
+                    _ => ranges.push((id, id)),
+                }
+            }
+            ranges
+        })
+    }
+
     /// `<name>` or `<[id]>`, or any token but that.
     fn token(&mut self) -> Result<NodeId> {
         let start = self.at;
@@ -349,13 +365,16 @@ impl<'a> Parser<'a> {
         if !environment.is_choice(id) {
             return Err(self.fail(at, format!("token {shown} has no text or ends it")));
         }
-        let mut ranges: Vec<(u32, u32)> = Vec::new();
-        for id in (0..environment.n_vocab()).filter(|&other| (other == id) != negated && environment.is_choice(other)) {
-            match ranges.last_mut() {
-                Some(last) if last.1 + 1 == id => last.1 = id,
-                _ => ranges.push((id, id)),
-            }
-        }
+        let ranges: Vec<(u32, u32)> = if negated {
+            let without = |&(low, high): &(u32, u32)| {
+                let below = (low < id).then(|| (low, high.min(id - 1)));
+                let above = (high > id).then(|| (low.max(id + 1), high));
+                [below, above].into_iter().flatten()
+            };
+            self.choices().iter().flat_map(without).collect()
+        } else {
+            vec![(id, id)]
+        };
         if ranges.is_empty() {
             return Err(self.fail(start, "no token is left"));
         }
