@@ -67,7 +67,9 @@ test("a PHD model continues a text, and the picture shows its ring", { skip }, a
 });
 
 test("Stop and leaving end an answer at the server within a step", { skip }, async (t) => {
-  const { page, ask, state } = await open(t, tinyModel, ["--ctx-size", "2048", "--parallel", "1", "--ignore-eos"]);
+  // An answer without an end of its own, however long the browser takes.
+  const options = ["--ctx-size", "512", "--parallel", "1", "--ignore-eos", "--context-shift"];
+  const { page, ask, state } = await open(t, tinyModel, options);
   await ready(page, "kjv");
   for (const [i, stop] of [() => page.keyboard.press("Escape"), () => page.goto("about:blank")].entries()) {
     await ask("And it came to pass");
@@ -80,7 +82,7 @@ test("Stop and leaving end an answer at the server within a step", { skip }, asy
       const s = await state();
       return s.totals.cancelled === i + 1 && !s.slots[0].busy && s;
     });
-    assert.ok(totals.predicted_tokens < 2000 * (i + 1), `${totals.predicted_tokens} tokens`);
+    assert.ok(totals.predicted_tokens > 0);
     const later = (await state()).totals.predicted_tokens;
     assert.equal(later, totals.predicted_tokens, "no token after that");
   }
