@@ -5,7 +5,6 @@ import "C"
 
 import (
 	"runtime"
-	"sync"
 )
 
 // Stage is what one step of a sampler's chain does. docs/sampling.md says more.
@@ -128,14 +127,12 @@ func (o *SamplerOptions) params() (C.phd_sampler_params, error) {
 // A Sampler turns logits into tokens, reproducibly: a chain of stages, after a constraint and a logit bias. What it
 // chooses it does not remember: see [Sampler.Accept].
 type Sampler struct {
-	mu      sync.Mutex
-	ptr     *C.phd_sampler // nil: closed
-	model   *Model         // a child keeps its owner alive
-	cleanup runtime.Cleanup
+	owned[*C.phd_sampler]
+	model *Model // a child keeps its owner alive
 }
 
 func newSampler(m *Model, ptr *C.phd_sampler) *Sampler {
-	s := &Sampler{ptr: ptr, model: m}
+	s := &Sampler{owned: owned[*C.phd_sampler]{ptr: ptr}, model: m}
 	liveSamplers.Add(1)
 	s.cleanup = runtime.AddCleanup(s, freeSampler, ptr)
 	return s
@@ -172,32 +169,9 @@ func (m *Model) NewEmptySampler(seed uint64) (*Sampler, error) {
 	return newSampler(m, ptr), nil
 }
 
-// enter locks the sampler and returns it for C; then leave must follow.
-func (s *Sampler) enter() (*C.phd_sampler, error) {
-	s.mu.Lock()
-	if s.ptr == nil {
-		s.mu.Unlock()
-		return nil, ErrClosed
-	}
-	ptr := s.ptr
-	maybeGC()
-	return ptr, nil
-}
-
-// leave ends what enter began. As it writes into s, s is reachable until here.
-func (s *Sampler) leave() {
-	s.mu.Unlock()
-}
-
 // Close frees the sampler.
 func (s *Sampler) Close() error {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.ptr != nil {
-		s.cleanup.Stop()
-		freeSampler(s.ptr)
-		s.ptr = nil
-	}
+	s.owned.close(freeSampler)
 	return nil
 }
 

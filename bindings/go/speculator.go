@@ -6,7 +6,6 @@ import "C"
 import (
 	"context"
 	"runtime"
-	"sync"
 )
 
 // SpeculatorOptions describes a speculator. What is 0 has the library's default.
@@ -30,12 +29,10 @@ type DraftStats struct {
 
 // A Speculator guesses how the texts of a session's sequences go on, and verifies the guesses: docs/speculative.md.
 type Speculator struct {
-	mu      sync.Mutex
-	ptr     *C.phd_speculator // nil: closed
-	model   *Model            // children keep their owners alive
-	draft   *Model
-	nDraft  int
-	cleanup runtime.Cleanup
+	owned[*C.phd_speculator]
+	model  *Model // children keep their owners alive
+	draft  *Model
+	nDraft int
 }
 
 // NewSpeculator creates a speculator for sessions of m. If draft is nil, drafts come from the text itself: where its last
@@ -93,7 +90,7 @@ func (m *Model) NewSpeculator(draft *Model, draftOptions *SessionOptions, o *Spe
 	if err := check(status, e); err != nil {
 		return nil, err
 	}
-	s := &Speculator{ptr: ptr, model: m, draft: draft, nDraft: int(params.n_draft)}
+	s := &Speculator{owned: owned[*C.phd_speculator]{ptr: ptr}, model: m, draft: draft, nDraft: int(params.n_draft)}
 	liveSpeculators.Add(1)
 	s.cleanup = runtime.AddCleanup(s, freeSpeculator, ptr)
 	return s, nil
@@ -104,32 +101,9 @@ func freeSpeculator(ptr *C.phd_speculator) {
 	liveSpeculators.Add(-1)
 }
 
-// enter locks the speculator and returns it for C; then leave must follow.
-func (s *Speculator) enter() (*C.phd_speculator, error) {
-	s.mu.Lock()
-	if s.ptr == nil {
-		s.mu.Unlock()
-		return nil, ErrClosed
-	}
-	ptr := s.ptr
-	maybeGC()
-	return ptr, nil
-}
-
-// leave ends what enter began. As it writes into s, s is reachable until here.
-func (s *Speculator) leave() {
-	s.mu.Unlock()
-}
-
 // Close frees the speculator, and the draft model's session.
 func (s *Speculator) Close() error {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.ptr != nil {
-		s.cleanup.Stop()
-		freeSpeculator(s.ptr)
-		s.ptr = nil
-	}
+	s.owned.close(freeSpeculator)
 	return nil
 }
 

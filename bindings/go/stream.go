@@ -5,17 +5,14 @@ import "C"
 
 import (
 	"runtime"
-	"sync"
 )
 
 // A Stream turns tokens into text as they come. It holds back the bytes of a character that later tokens complete, and
 // text that can be the beginning of a stop string.
 type Stream struct {
-	mu      sync.Mutex
-	ptr     *C.phd_stream // nil: closed
-	model   *Model        // a child keeps its owner alive
-	buffer  []byte
-	cleanup runtime.Cleanup
+	owned[*C.phd_stream]
+	model  *Model // a child keeps its owner alive
+	buffer []byte
 }
 
 // NewStream creates a stream.
@@ -30,7 +27,7 @@ func (m *Model) NewStream() (*Stream, error) {
 	if err := check(C.phd_stream_create(model, &ptr, &e), e); err != nil {
 		return nil, err
 	}
-	s := &Stream{ptr: ptr, model: m, buffer: make([]byte, 64)}
+	s := &Stream{owned: owned[*C.phd_stream]{ptr: ptr}, model: m, buffer: make([]byte, 64)}
 	liveStreams.Add(1)
 	s.cleanup = runtime.AddCleanup(s, freeStream, ptr)
 	return s, nil
@@ -41,32 +38,9 @@ func freeStream(ptr *C.phd_stream) {
 	liveStreams.Add(-1)
 }
 
-// enter locks the stream and returns it for C; then leave must follow.
-func (s *Stream) enter() (*C.phd_stream, error) {
-	s.mu.Lock()
-	if s.ptr == nil {
-		s.mu.Unlock()
-		return nil, ErrClosed
-	}
-	ptr := s.ptr
-	maybeGC()
-	return ptr, nil
-}
-
-// leave ends what enter began. As it writes into s, s is reachable until here.
-func (s *Stream) leave() {
-	s.mu.Unlock()
-}
-
 // Close frees the stream.
 func (s *Stream) Close() error {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.ptr != nil {
-		s.cleanup.Stop()
-		freeStream(s.ptr)
-		s.ptr = nil
-	}
+	s.owned.close(freeStream)
 	return nil
 }
 
