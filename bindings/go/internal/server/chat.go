@@ -17,7 +17,8 @@ import (
 
 func (s *Server) registerChat(mux *http.ServeMux) {
 	s.handleAll(mux, "POST", []string{"/chat/completions", "/v1/chat/completions"}, s.chatCompletion)
-	s.handleAll(mux, "POST", []string{"/chat/completions/input_tokens", "/v1/chat/completions/input_tokens"}, s.chatInputTokens)
+	s.handleAll(mux, "POST", []string{"/chat/completions/input_tokens", "/v1/chat/completions/input_tokens"},
+		s.countTokens(nil, inputTokens))
 	s.handleAll(mux, "POST", []string{"/chat/completions/control", "/v1/chat/completions/control"}, s.chatControl)
 	s.handle(mux, "POST /apply-template", s.applyTemplate)
 	s.registerResponses(mux)
@@ -384,12 +385,24 @@ func (c *chat) usage() *usage {
 	return u
 }
 
-func (s *Server) chatCompletion(w http.ResponseWriter, r *http.Request) error {
-	b, err := s.readBody(w, r)
+// readChat reads a request, which convert makes one of OpenAI's chat completions; nil: it is one.
+func (s *Server) readChat(w http.ResponseWriter, r *http.Request, convert func(*body) (*body, error)) (*body, *chat, error) {
+	asked, err := s.readBody(w, r)
 	if err != nil {
-		return err
+		return nil, nil, err
+	}
+	b := asked
+	if convert != nil {
+		if b, err = convert(asked); err != nil {
+			return nil, nil, err
+		}
 	}
 	c, err := s.newChat(b)
+	return asked, c, err
+}
+
+func (s *Server) chatCompletion(w http.ResponseWriter, r *http.Request) error {
+	_, c, err := s.readChat(w, r, nil)
 	if err != nil {
 		return err
 	}
@@ -611,39 +624,31 @@ func (s *chatStream) end(a *chatAnswer, deltas []toolcall.Delta) error {
 	return s.out.data(chunk)
 }
 
-// renderChat makes the prompt of a request in the form of OpenAI's chat completions.
-func (s *Server) renderChat(b *body) (prompt string, tokens []phd.Token, err error) {
-	c, err := s.newChat(b)
-	if err != nil {
-		return "", nil, err
-	}
-	return c.prompt, c.tokens, nil
-}
-
 func (s *Server) applyTemplate(w http.ResponseWriter, r *http.Request) error {
-	b, err := s.readBody(w, r)
+	_, c, err := s.readChat(w, r, nil)
 	if err != nil {
 		return err
 	}
-	prompt, _, err := s.renderChat(b)
-	if err != nil {
-		return err
-	}
-	s.writeJSON(w, http.StatusOK, map[string]any{"prompt": prompt})
+	s.writeJSON(w, http.StatusOK, map[string]any{"prompt": c.prompt})
 	return nil
 }
 
-func (s *Server) chatInputTokens(w http.ResponseWriter, r *http.Request) error {
-	b, err := s.readBody(w, r)
-	if err != nil {
-		return err
+// inputTokens is what OpenAI's routes that count say beside the count.
+var inputTokens = map[string]any{"object": "response.input_tokens"}
+
+// countTokens makes a handler that counts the tokens of a request's prompt; fields are what the answer says beside that.
+func (s *Server) countTokens(
+	convert func(*body) (*body, error), fields map[string]any) func(http.ResponseWriter, *http.Request) error {
+	return func(w http.ResponseWriter, r *http.Request) error {
+		_, c, err := s.readChat(w, r, convert)
+		if err != nil {
+			return err
+		}
+		answer := maps.Clone(fields)
+		answer["input_tokens"] = len(c.tokens)
+		s.writeJSON(w, http.StatusOK, answer)
+		return nil
 	}
-	_, tokens, err := s.renderChat(b)
-	if err != nil {
-		return err
-	}
-	s.writeJSON(w, http.StatusOK, map[string]any{"input_tokens": len(tokens), "object": "response.input_tokens"})
-	return nil
 }
 
 // chatControl is llama-server's way to end a model's thinking from outside. Here nothing can: the answer is in its form and says so.

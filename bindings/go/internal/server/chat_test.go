@@ -1176,14 +1176,21 @@ func TestConversions(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, b := range []*body{responses, messages} {
-		if got, _, err := ts.renderChat(b); err != nil || got != want {
-			t.Errorf("%q, %v, expected %q", got, err, want)
+		c, err := ts.newChat(b)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if c.prompt != want {
+			t.Errorf("%q, expected %q", c.prompt, want)
 		}
 	}
-	a, _, err := ts.renderChat(mustConvert(t, ts, "x-anthropic-billing-header: cc_version=2.1; cch=a5145;You are a coder."))
-	b, _, err2 := ts.renderChat(mustConvert(t, ts, "x-anthropic-billing-header: cc_version=2.1; cch=00ff1;You are a coder."))
-	if err != nil || err2 != nil || a != b {
-		t.Errorf("%q and %q differ: %v, %v", a, b, err, err2)
+	a, err := ts.newChat(mustConvert(t, ts, "x-anthropic-billing-header: cc_version=2.1; cch=a5145;You are a coder."))
+	b, err2 := ts.newChat(mustConvert(t, ts, "x-anthropic-billing-header: cc_version=2.1; cch=00ff1;You are a coder."))
+	if err != nil || err2 != nil {
+		t.Fatal(err, err2)
+	}
+	if a.prompt != b.prompt {
+		t.Errorf("%q and %q differ", a.prompt, b.prompt)
 	}
 	thinking, err := ts.chatOfMessages(bodyOf(t, object{"max_tokens": 5, "thinking": object{"type": "disabled"}, "messages": []any{
 		object{"role": "assistant", "content": []any{object{"type": "thinking", "thinking": "Hm", "signature": ""}, object{"type": "redacted_thinking"}}}}}))

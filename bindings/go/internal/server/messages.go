@@ -16,7 +16,7 @@ import (
 
 func (s *Server) registerMessages(mux *http.ServeMux) {
 	s.handle(mux, "POST /v1/messages", s.messages)
-	s.handle(mux, "POST /v1/messages/count_tokens", s.messagesCountTokens)
+	s.handle(mux, "POST /v1/messages/count_tokens", s.countTokens(s.chatOfMessages, map[string]any{}))
 }
 
 // defaultMessageTokens is how long an answer may be if the request does not say it, which Anthropic's must.
@@ -241,32 +241,8 @@ func anthropicMessage(name string, raw json.RawMessage) ([]any, error) {
 	return out, nil
 }
 
-func (s *Server) messagesCountTokens(w http.ResponseWriter, r *http.Request) error {
-	b, err := s.readBody(w, r)
-	if err != nil {
-		return err
-	}
-	if b, err = s.chatOfMessages(b); err != nil {
-		return err
-	}
-	_, tokens, err := s.renderChat(b)
-	if err != nil {
-		return err
-	}
-	s.writeJSON(w, http.StatusOK, map[string]any{"input_tokens": len(tokens)})
-	return nil
-}
-
 func (s *Server) messages(w http.ResponseWriter, r *http.Request) error {
-	b, err := s.readBody(w, r)
-	if err != nil {
-		return err
-	}
-	converted, err := s.chatOfMessages(b)
-	if err != nil {
-		return err
-	}
-	c, err := s.newChat(converted)
+	_, c, err := s.readChat(w, r, s.chatOfMessages)
 	if err != nil {
 		return err
 	}

@@ -17,7 +17,8 @@ import (
 
 func (s *Server) registerResponses(mux *http.ServeMux) {
 	s.handleAll(mux, "POST", []string{"/responses", "/v1/responses"}, s.responses)
-	s.handleAll(mux, "POST", []string{"/responses/input_tokens", "/v1/responses/input_tokens"}, s.responsesInputTokens)
+	s.handleAll(mux, "POST", []string{"/responses/input_tokens", "/v1/responses/input_tokens"},
+		s.countTokens(s.chatOfResponses, inputTokens))
 }
 
 // chatOfResponses makes a request for chat completions of one for responses.
@@ -278,32 +279,8 @@ func responsesContent(name string, raw json.RawMessage) ([]any, error) {
 	return parts, nil
 }
 
-func (s *Server) responsesInputTokens(w http.ResponseWriter, r *http.Request) error {
-	b, err := s.readBody(w, r)
-	if err != nil {
-		return err
-	}
-	if b, err = s.chatOfResponses(b); err != nil {
-		return err
-	}
-	_, tokens, err := s.renderChat(b)
-	if err != nil {
-		return err
-	}
-	s.writeJSON(w, http.StatusOK, map[string]any{"input_tokens": len(tokens), "object": "response.input_tokens"})
-	return nil
-}
-
 func (s *Server) responses(w http.ResponseWriter, r *http.Request) error {
-	b, err := s.readBody(w, r)
-	if err != nil {
-		return err
-	}
-	converted, err := s.chatOfResponses(b)
-	if err != nil {
-		return err
-	}
-	c, err := s.newChat(converted)
+	b, c, err := s.readChat(w, r, s.chatOfResponses)
 	if err != nil {
 		return err
 	}
