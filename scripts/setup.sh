@@ -17,14 +17,4 @@ command -v valgrind >/dev/null || missing+=(valgrind)
 # Valgrind cannot start without the loader's symbols.
 dpkg -s libc6-dbg >/dev/null 2>&1 || missing+=(libc6-dbg)
 command -v cargo >/dev/null || { echo "setup: cargo is missing: install Rust through rustup first" >&2; exit 1; }
-[ ${#missing[@]} -eq 0 ] && exit 0
-
-if ! command -v apt-get >/dev/null; then
-  echo "setup: please install: ${missing[*]}" >&2
-  exit 1
-fi
-root=()
-[ "$(id -u)" -eq 0 ] || root=(sudo)
-echo "setup: installing ${missing[*]}"
-"${root[@]}" apt-get update -qq
-DEBIAN_FRONTEND=noninteractive "${root[@]}" apt-get install -y -qq "${missing[@]}" >/dev/null
+[ ${#missing[@]} -eq 0 ] || "$(dirname "$0")/packages.sh" setup "${missing[@]}"

@@ -7,13 +7,7 @@ cd "$(dirname "$0")/../.."
 missing=()
 command -v "${NGINX:-/usr/sbin/nginx}" >/dev/null || missing+=(nginx-light)
 command -v openssl >/dev/null || missing+=(openssl)
-if [ ${#missing[@]} -gt 0 ]; then
-  command -v apt-get >/dev/null || { echo "tests/nginx: please install: ${missing[*]}" >&2; exit 1; }
-  root=(); [ "$(id -u)" -eq 0 ] || root=(sudo)
-  echo "tests/nginx: installing ${missing[*]}"
-  "${root[@]}" apt-get update -qq
-  DEBIAN_FRONTEND=noninteractive "${root[@]}" apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
-fi
+[ ${#missing[@]} -eq 0 ] || scripts/packages.sh tests/nginx --no-install-recommends "${missing[@]}"
 command -v node >/dev/null || { echo "tests/nginx: Node.js 20 or newer is missing" >&2; exit 1; }
 
 mkdir -p target/web

@@ -9,13 +9,7 @@ mkdir -p "$out"
 missing=()
 command -v "${CHROMIUM:-chromium}" >/dev/null || missing+=(chromium)
 fc-list 2>/dev/null | grep -q . || missing+=(fontconfig fonts-dejavu-core)
-if [ ${#missing[@]} -gt 0 ]; then
-  command -v apt-get >/dev/null || { echo "tests/web: please install: ${missing[*]}" >&2; exit 1; }
-  root=(); [ "$(id -u)" -eq 0 ] || root=(sudo)
-  echo "tests/web: installing ${missing[*]}"
-  "${root[@]}" apt-get update -qq
-  DEBIAN_FRONTEND=noninteractive "${root[@]}" apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
-fi
+[ ${#missing[@]} -eq 0 ] || scripts/packages.sh tests/web --no-install-recommends "${missing[@]}"
 command -v node >/dev/null || { echo "tests/web: Node.js 20 or newer is missing" >&2; exit 1; }
 
 # The packages are installed again when the list has changed. No package brings a browser.
