@@ -13,7 +13,7 @@ INCLUDEDIR ?= $(PREFIX)/include
 INSTALL := PREFIX='$(PREFIX)' LIBDIR='$(LIBDIR)' INCLUDEDIR='$(INCLUDEDIR)' DESTDIR='$(DESTDIR)' scripts/install.sh
 
 GO := cd bindings/go && PKG_CONFIG_PATH='$(CURDIR)/bindings/go/pkgconfig' go
-TESTS := test-rust test-cpp test-installed test-go test-server test-web test-nginx test-kubernetes test-training
+TESTS := test-rust test-cpp test-installed test-go test-serve test-server test-web test-nginx test-kubernetes test-training
 
 .PHONY: build demo demo-smollm2 serve serve-smollm2 server smollm2 test $(TESTS) lint setup setup-go setup-node install uninstall
 
@@ -50,6 +50,9 @@ test-installed: build setup-go
 
 test-go: build setup-go smollm2
 	bindings/go/test.sh
+
+test-serve: server
+	tests/serve.sh
 
 test-server: server smollm2
 	tests/server/run.sh
