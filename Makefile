@@ -13,9 +13,9 @@ INCLUDEDIR ?= $(PREFIX)/include
 INSTALL := PREFIX='$(PREFIX)' LIBDIR='$(LIBDIR)' INCLUDEDIR='$(INCLUDEDIR)' DESTDIR='$(DESTDIR)' scripts/install.sh
 
 GO := cd bindings/go && PKG_CONFIG_PATH='$(CURDIR)/bindings/go/pkgconfig' go
-TESTS := test-rust test-cpp test-installed test-go test-serve test-server test-web test-nginx test-kubernetes test-training
+TESTS := test-rust test-cuda-emulated test-cpp test-installed test-go test-serve test-server test-web test-nginx test-kubernetes test-training
 
-.PHONY: build demo demo-smollm2 serve serve-smollm2 server smollm2 test $(TESTS) lint setup setup-go setup-node install uninstall
+.PHONY: test-cuda build demo demo-smollm2 serve serve-smollm2 server smollm2 test $(TESTS) lint setup setup-go setup-node install uninstall
 
 # Where setup-go and setup-node put what the machine has none of.
 export PATH := $(CURDIR)/target/go/bin:$(CURDIR)/target/node/bin:$(PATH)
@@ -41,6 +41,13 @@ test: $(TESTS)
 
 test-rust: build smollm2
 	cargo test --release
+
+test-cuda-emulated: build
+	tests/cuda/run.sh
+
+# On a machine with a GPU.
+test-cuda: build
+	tests/cuda/run.sh gpu
 
 test-cpp: build
 	tests/cpp/run.sh

@@ -58,7 +58,7 @@ def main():
             for t in batches["together"]:
                 batch.setdefault(t["sequences"], []).append(t["ms"])
             variant = out["backend"]
-            gb_per_second.append(out["read_gb_per_second"])
+            gb_per_second.append(out["bandwidth_gb_per_second"])
             prefill["phd"].append(out["prefill"][0]["tokens_per_second"])
             for s in out["steps"]:
                 step.setdefault(("phd", s["copies"]), []).append(s["ms"])

@@ -190,7 +190,7 @@ impl Model {
         let desc = describe(&hyper, &checkpoint)?;
         let hyper = Arc::new(hyper);
         let weights_hash = hash_weights(&checkpoint);
-        let backend = backend::prepare(hyper.clone(), weights, options.backend, &mut |f| report(0.3 + 0.7 * f))?;
+        let backend = backend::prepare(hyper.clone(), weights, options.backend, options.device, &mut |f| report(0.3 + 0.7 * f))?;
         report(1.0)?;
         log::info!(
             "{}: {}, {} layers of {}, {} copies, on {}",
@@ -230,6 +230,11 @@ impl Model {
     /// Bytes of weights that one pass reads.
     pub fn pass_bytes(&self) -> usize {
         self.backend.pass_bytes()
+    }
+
+    /// Bytes a second that the memory of the weights gives, measured now: read by `n_threads` of the CPU, or copied by the GPU.
+    pub fn bandwidth(&self, n_threads: usize) -> Result<f64> {
+        self.backend.bandwidth(n_threads)
     }
 
     pub fn desc(&self) -> &Desc {

@@ -4,11 +4,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-use crate::backend::{Context, ContextOptions};
+use crate::backend::{Context, ContextOptions, TOP};
 use crate::cache::{Layout, Middle, Pool, Reservation, Source};
 use crate::error::{Error, Result, invalid};
 use crate::model::Model;
-use crate::sampling::log_probability;
+use crate::sampling::{Sampler, log_probability};
 use crate::schedule::{Plan, Pruning, Ring, Sequences, Task, Wanted};
 use crate::stats::Stats;
 
@@ -390,11 +390,30 @@ impl Session {
 
     /// The logits that the last call on `seq` left, `[n_vocab]`.
     pub fn logits(&self, seq: i64) -> Result<&[f32]> {
+        Ok(self.context.logits(self.logits_row(seq)?))
+    }
+
+    /// Chooses the next token of `seq` by its logits, as [`Sampler::sample`] does with [`Session::logits`]. Where a GPU computes and the
+    /// sampler begins with a small top-k, the vocabulary does not leave the GPU.
+    pub fn sample(&self, seq: i64, sampler: &mut Sampler) -> Result<u32> {
+        let logits_row = self.logits_row(seq)?;
+        if let Some(k) = sampler.best_wanted()
+            && k <= TOP
+            && self.model.hyper.n_vocab == sampler.n_vocab()
+            && let Some((tokens, logits)) = self.context.top(logits_row)
+        {
+            return sampler.sample_best(tokens, logits);
+        }
+        sampler.sample(self.context.logits(logits_row))
+    }
+
+    /// Where the logits of `seq` are.
+    fn logits_row(&self, seq: i64) -> Result<usize> {
         let seq = self.pool.check_seq(seq)?;
         if !self.has_logits[seq] {
             return Err(invalid!("sequence {seq} has no logits: prefill or step it first"));
         }
-        Ok(self.context.logits(self.logits_row[seq]))
+        Ok(self.logits_row[seq])
     }
 
     /// The logits after token `index` of the last entry of `seq`, `[n_vocab]`, if it asked for [`Logits::Every`]. They are there until

@@ -1,12 +1,18 @@
 //! The seam: a model prepared for a device, and a context that carries out one scheduled pass after another.
 
 pub mod cpu;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 mod reference;
+#[cfg(test)]
+mod testing;
 
 use std::sync::Arc;
 
 use crate::cache::{BlockCopy, Layout};
-use crate::error::{Result, unsupported};
+#[cfg(not(feature = "cuda"))]
+use crate::error::unsupported;
+use crate::error::{Error, Result};
 use crate::model::{BackendKind, Hyper, Weights};
 use crate::schedule::Plan;
 use crate::tensor::{DType, quantize_row};
@@ -50,6 +56,9 @@ impl CacheType {
     }
 }
 
+/// Tokens of [`Context::top`].
+pub const TOP: usize = 64;
+
 /// What a context is made for; everything is allocated at its creation.
 #[derive(Clone, Copy, Debug)]
 pub struct ContextOptions {
@@ -78,6 +87,11 @@ pub trait Backend: Send + Sync {
     fn weight_bytes(&self) -> usize;
     /// Bytes of weights that a pass reads: all but embedding tables.
     fn pass_bytes(&self) -> usize;
+    /// What the memory that weights lie in is measured to give, in bytes a second: the CPU's is read by `n_threads`, a GPU's is
+    /// copied (bytes read plus bytes written).
+    fn bandwidth(&self, n_threads: usize) -> Result<f64> {
+        cpu::read_bandwidth(n_threads)
+    }
     fn context(self: Arc<Self>, options: &ContextOptions) -> Result<Box<dyn Context>>;
 }
 
@@ -89,6 +103,11 @@ pub trait Context: Send {
     /// A row of the logits buffer, `[n_vocab]`.
     fn logits(&self, row: usize) -> &[f32];
     fn logits_mut(&mut self, row: usize) -> &mut [f32];
+    /// The best tokens of a row of the logits buffer and their logits, best first (of equal logits the lower token), if the device has
+    /// looked for them: [`TOP`], or as many as have a logit that is a number above -infinity.
+    fn top(&self, _row: usize) -> Option<(&[u32], &[f32])> {
+        None
+    }
     fn copy_logits(&mut self, src: usize, dst: usize);
     /// A row of the embeddings buffer, `[n_embd]`: where the outputs of a plan of embeddings go.
     fn embedding(&self, row: usize) -> &[f32];
@@ -102,17 +121,46 @@ pub trait Context: Send {
     fn memory(&self) -> ContextMemory;
 }
 
-/// Prepares weights for the backend asked for; `progress` is told the fraction done and may cancel.
+/// Prepares weights for the backend asked for; `device` is the number of a GPU. `progress` is told the fraction done and may cancel.
 pub(crate) fn prepare(
     hyper: Arc<Hyper>,
     weights: Weights,
     kind: BackendKind,
+    device: i32,
     progress: &mut dyn FnMut(f32) -> Result<()>,
 ) -> Result<Arc<dyn Backend>> {
     progress(0.0)?;
     match kind {
-        BackendKind::Auto | BackendKind::Cpu => Ok(Arc::new(cpu::Cpu::new(hyper, weights, progress)?)),
         BackendKind::Reference => Ok(Arc::new(reference::Reference::new(hyper, weights))),
-        BackendKind::Cuda => Err(unsupported!("backend cuda is not part of this build")),
+        BackendKind::Cuda => prepare_cuda(hyper, &weights, device, progress),
+        BackendKind::Cpu => Ok(Arc::new(cpu::Cpu::new(hyper, weights, progress)?)),
+        BackendKind::Auto => match prepare_cuda(hyper.clone(), &weights, device, progress) {
+            Ok(backend) => Ok(backend),
+            Err(Error::Cancelled) => Err(Error::Cancelled),
+            Err(e) => {
+                log::info!("the CPU computes: {e}");
+                Ok(Arc::new(cpu::Cpu::new(hyper, weights, progress)?))
+            }
+        },
     }
+}
+
+#[cfg(feature = "cuda")]
+fn prepare_cuda(
+    hyper: Arc<Hyper>,
+    weights: &Weights,
+    device: i32,
+    progress: &mut dyn FnMut(f32) -> Result<()>,
+) -> Result<Arc<dyn Backend>> {
+    Ok(Arc::new(cuda::Cuda::new(cuda::open(device)?, hyper, weights, progress)?))
+}
+
+#[cfg(not(feature = "cuda"))]
+fn prepare_cuda(
+    _: Arc<Hyper>,
+    _: &Weights,
+    _: i32,
+    _: &mut dyn FnMut(f32) -> Result<()>,
+) -> Result<Arc<dyn Backend>> {
+    Err(unsupported!("the CUDA backend is not part of this build"))
 }

@@ -529,8 +529,28 @@ impl Sampler {
     /// sampler is then what it was.
     pub fn sample(&mut self, logits: &[f32]) -> Result<u32> {
         self.collect(logits)?;
+        Ok(self.choose())
+    }
+
+    /// How many of the best tokens are all that [`Sampler::sample`] would look at now; `None` if it is not so.
+    pub(crate) fn best_wanted(&self) -> Option<usize> {
+        let k = self.leading_k();
+        (k > 0 && self.constraint.is_none() && self.bias.is_empty()).then_some(k)
+    }
+
+    /// [`Sampler::sample`] of the best tokens alone, at least [`Sampler::best_wanted`] of them or all that have a logit.
+    pub(crate) fn sample_best(&mut self, tokens: &[u32], logits: &[f32]) -> Result<u32> {
+        self.candidates.fill(tokens.iter().copied().zip(logits.iter().copied()), self.leading_k());
+        if self.candidates.len() == 0 {
+            return Err(nothing_left());
+        }
+        Ok(self.choose())
+    }
+
+    /// Runs the chain on the candidates and draws.
+    fn choose(&mut self) -> u32 {
         self.run_stages();
-        Ok(match self.stages.last() {
+        match self.stages.last() {
             Some(Stage::Greedy) => {
                 self.candidates.keep_best();
                 self.candidates.draw(&mut self.rng).0
@@ -542,7 +562,7 @@ impl Sampler {
                 token
             }
             _ => self.candidates.draw(&mut self.rng).0,
-        })
+        }
     }
 
     /// The tokens that the chain leaves before its end, each with its logit over the temperatures, in no order that means
@@ -565,13 +585,7 @@ impl Sampler {
             Some(bias) => (id as u32, l + bias),
             None => (id as u32, l),
         });
-        // Most chains begin with top-k: what it drops need not be collected.
-        let is_idle = |s: &&Stage| matches!(s, Stage::Penalties { .. }) && self.history.is_empty();
-        let k = match self.stages.iter().find(|s| !is_idle(s)) {
-            Some(&Stage::TopK { k }) => k as usize,
-            Some(Stage::Greedy) => 1,
-            _ => 0,
-        };
+        let k = self.leading_k();
         match &mut self.constraint {
             Some(constraint) => {
                 let allowed = constraint.allowed()?;
@@ -580,9 +594,19 @@ impl Sampler {
             None => self.candidates.fill(biased, k),
         }
         if self.candidates.len() == 0 {
-            return Err(invalid!("logits has no finite element left to sample, expected at least one"));
+            return Err(nothing_left());
         }
         Ok(())
+    }
+
+    /// Most chains begin with top-k: what it drops need not be collected. 0 if this one does not.
+    fn leading_k(&self) -> usize {
+        let is_idle = |s: &&Stage| matches!(s, Stage::Penalties { .. }) && self.history.is_empty();
+        match self.stages.iter().find(|s| !is_idle(s)) {
+            Some(&Stage::TopK { k }) => k as usize,
+            Some(Stage::Greedy) => 1,
+            _ => 0,
+        }
     }
 
     fn run_stages(&mut self) {
@@ -663,6 +687,10 @@ impl Sampler {
             self.mu = 2.0 * f64::from(*tau);
         }
     }
+}
+
+fn nothing_left() -> Error {
+    invalid!("logits has no finite element left to sample, expected at least one")
 }
 
 fn reserve<T>(what: &'static str, n: usize) -> Result<Vec<T>> {

@@ -67,7 +67,13 @@ pub fn one_layer(path: &Path, folder: &Path) -> PathBuf {
     folder.to_owned()
 }
 
+/// Whether the tests' CPU backend is to be the CUDA one: on a GPU, or on the emulator (`tests/cuda/run.sh`).
+pub fn on_cuda() -> bool {
+    std::env::var_os("PHD_TEST_CUDA").is_some()
+}
+
 pub fn load(path: &Path, backend: BackendKind) -> Arc<Model> {
+    let backend = if backend == BackendKind::Cpu && on_cuda() { BackendKind::Cuda } else { backend };
     Arc::new(Model::load(path, LoadOptions { backend, ..Default::default() }).unwrap_or_else(|e| panic!("{e}")))
 }
 

@@ -100,7 +100,7 @@ impl Bench {
             // As the backend has it: more would only wait for each other.
             n => n.min(std::thread::available_parallelism().map_or(1, |n| n.get())),
         };
-        let bandwidth = phd::backend::cpu::read_bandwidth(threads)?;
+        let bandwidth = model.bandwidth(threads)?;
         let mut rows = Vec::new();
         for &context in &contexts {
             for c in &mut all {
@@ -162,13 +162,13 @@ impl Bench {
                 })
                 .collect();
             let result = json!({"backend": backend, "threads": threads, "prompt": self.prompt,
-                "read_gb_per_second": bandwidth * 1e-9, "weight_bytes_per_pass": model.pass_bytes(),
+                "bandwidth_gb_per_second": bandwidth * 1e-9, "weight_bytes_per_pass": model.pass_bytes(),
                 "prefill": prefill, "steps": steps, "together": together.iter().map(Together::json).collect::<Vec<_>>()});
             println!("{result}");
             return Ok(());
         }
         println!(
-            "{backend}, {threads} threads, {} of weights a pass; memory reads at {:.1} GB/s here",
+            "{backend}, {threads} threads, {} of weights a pass; its memory gives {:.1} GB/s here",
             crate::mib(model.pass_bytes()),
             bandwidth * 1e-9
         );

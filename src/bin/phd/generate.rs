@@ -336,7 +336,7 @@ fn generate(
 }
 
 fn choose(session: &Session, sampler: &mut Sampler) -> phd::Result<i32> {
-    let token = sampler.sample(session.logits(0)?)?;
+    let token = session.sample(0, sampler)?;
     sampler.accept(token)?;
     Ok(token as i32)
 }

@@ -1,0 +1,803 @@
+//! One session's cache and scratch in the device's memory, and the step: kernels in a row, replayed as a graph when they are few.
+
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+
+use super::driver::{Buffer, Event, Graph, Grid, Pinned, Stream};
+use super::params::{
+    Activations, Address, AttentionParams, EmbedParams, GatedParams, KeepParams, KeyValues, MergeParams, QkvParams,
+    ResidualParams, TopParams,
+};
+use super::plan::{self, LayerLists, Shape};
+use super::weights::DeviceLayer;
+use super::{Cuda, FEW_ROWS, THREADS, gemm, weights};
+use crate::backend::{CacheType, Context, ContextMemory, ContextOptions, TOP};
+use crate::cache::BlockCopy;
+use crate::error::{Error, Result};
+use crate::model::{Hyper, NormPlacement, QkNorm, RopePairs};
+use crate::schedule::Plan;
+
+/// Of the attention kernels.
+pub const MAX_HEAD_DIM: usize = 256;
+/// Queries (rows times heads of one key head) that share a read of the keys.
+pub const TILE_QUERIES: usize = 64;
+const ATTENTION_THREADS: u32 = 128;
+/// Keys that a split has at least.
+const SPLIT_KEYS: usize = 64;
+const MAX_SPLITS: usize = 64;
+/// Rows of partial attention results, splits counted.
+const PARTIAL_ROWS: usize = 512;
+/// Rows of logits computed at once.
+const HEAD_ROWS: usize = 64;
+/// Layers queued ahead of what has been computed: cancelling waits for no more than these.
+const LAYERS_AHEAD: usize = 2;
+/// Of the kernels `top_chunks` and `top_rows`: tokens that one block sorts, and its threads.
+const TOP_CHUNK: usize = 4096;
+const TOP_THREADS: u32 = 512;
+/// Graphs that are kept.
+const MAX_GRAPHS: usize = 32;
+
+/// Keys and values of many rows in each of many layers.
+struct Store {
+    buffer: Buffer, // (layer, k or v, row, row_bytes)
+    rows: usize,
+    row_bytes: usize,
+}
+
+impl Store {
+    fn new(model: &Cuda, what: &'static str, layers: usize, rows: usize, row_bytes: usize) -> Result<Store> {
+        let bytes = layers * 2 * rows * row_bytes;
+        // Zeros, not what was there: masked keys are multiplied by zero, which NaNs would survive.
+        Ok(Store { buffer: Buffer::zeroed(&model.device, what, bytes)?, rows, row_bytes })
+    }
+
+    fn layer(&self, layer: usize) -> KeyValues {
+        KeyValues { k: self.row(layer, 0, 0), v: self.row(layer, 1, 0) }
+    }
+
+    /// `part` 0: keys, 1: values.
+    fn row(&self, layer: usize, part: usize, row: usize) -> Address {
+        self.buffer.at(((layer * 2 + part) * self.rows + row) * self.row_bytes)
+    }
+
+    /// Copies rows in all layers.
+    fn copy(&self, stream: &Stream, n_layers: usize, src: usize, dst: usize, rows: usize) -> Result<()> {
+        for layer in 0..n_layers {
+            for part in 0..2 {
+                let (to, from) = (self.row(layer, part, dst), self.row(layer, part, src));
+                // SAFETY: rows of one store; the caller copies between different blocks or sequences.
+                unsafe { stream.copy(to, from, rows * self.row_bytes)? };
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Bytes of a cached row on the device: see `KeyValues` in `kernels/params.cuh`.
+fn row_bytes(kind: CacheType, kv_dim: usize) -> usize {
+    kind.row_bytes(kv_dim).next_multiple_of(16)
+}
+
+/// A row as [`CacheType::Q8_0`] has it, in the device's order: all values, then all scales.
+fn q8_to_device(blocks: &[u8], device: &mut [u8]) {
+    let n = blocks.len() / 34;
+    let (values, scales) = device.split_at_mut(n * 32);
+    for ((block, values), scale) in blocks.chunks_exact(34).zip(values.chunks_exact_mut(32)).zip(scales.chunks_exact_mut(2)) {
+        scale.copy_from_slice(&block[..2]);
+        values.copy_from_slice(&block[2..]);
+    }
+}
+
+fn q8_from_device(device: &[u8], blocks: &mut [u8]) {
+    let n = blocks.len() / 34;
+    let (values, scales) = device.split_at(n * 32);
+    for ((block, values), scale) in blocks.chunks_exact_mut(34).zip(values.chunks_exact(32)).zip(scales.chunks_exact(2)) {
+        block[..2].copy_from_slice(scale);
+        block[2..].copy_from_slice(values);
+    }
+}
+
+/// Activations with their memory.
+struct Input {
+    hi: Buffer,
+    lo: Buffer,
+    exact: Option<Buffer>,
+    sums: Option<Buffer>,
+    stride: usize,
+}
+
+impl Input {
+    fn new(model: &Cuda, rows: usize, n: usize) -> Result<Input> {
+        let stride = n.next_multiple_of(32);
+        let (exact, sums) = model.needs();
+        let new = |bytes: usize| Buffer::new(&model.device, SCRATCH, rows * bytes);
+        Ok(Input {
+            hi: new(stride * 2)?,
+            lo: new(stride * 2)?,
+            exact: exact.then(|| new(stride * 4)).transpose()?,
+            sums: sums.then(|| new(stride / 32 * 4)).transpose()?,
+            stride,
+        })
+    }
+
+    /// From a row on.
+    fn from(&self, row: usize) -> Activations {
+        let at = |buffer: &Option<Buffer>, bytes: usize| buffer.as_ref().map_or(0, |b| b.at(row * bytes));
+        Activations {
+            hi: self.hi.at(row * self.stride * 2),
+            lo: self.lo.at(row * self.stride * 2),
+            exact: at(&self.exact, self.stride * 4),
+            sums: at(&self.sums, self.stride / 32 * 4),
+            stride: self.stride as u32,
+            unused: 0,
+        }
+    }
+
+    fn bytes(&self) -> usize {
+        let more = |b: &Option<Buffer>| b.as_ref().map_or(0, Buffer::bytes);
+        self.hi.bytes() + self.lo.bytes() + more(&self.exact) + more(&self.sums)
+    }
+}
+
+const SCRATCH: &str = "scratch in device memory";
+
+/// What the kernels work on. Its methods queue work and return; [`CudaContext`] waits for it.
+struct Step {
+    // Dropped first: it waits for what is queued before the memory goes.
+    stream: Stream,
+    ahead: [Event; LAYERS_AHEAD],
+    model: Arc<Cuda>,
+    options: ContextOptions,
+    cache: Store,
+    rings: Store,
+    fresh: Store,     // one layer's; (hidden row of the pass)
+    x: [Buffer; 2],   // (row, n_embd): the residual stream, before and after
+    q: Buffer,        // (entering row, q_dim)
+    k: Buffer,        // (entering row, kv_dim)
+    v: Buffer,        // (entering row, kv_dim)
+    partial: Buffer,  // (row that goes on, head, split, head_dim + 2)
+    gate: Buffer,     // (row that goes on, n_ff)
+    up: Buffer,       // (row that goes on, n_ff)
+    out: Buffer,      // (row that goes on, n_embd)
+    normed: Buffer,   // (output, n_embd), of passes that make embeddings
+    head: Buffer,     // (output, up to HEAD_ROWS of them; n_vocab)
+    tops: Option<Tops>,
+    logits: Buffer,   // (logits row, n_vocab)
+    input: Input,     // of n_embd
+    attended: Input,  // of q_dim
+    activated: Input, // of n_ff
+    gemm: Mutex<Option<gemm::Workspace>>,
+    plan: Buffer, // see plan.rs
+}
+
+/// Where the best tokens of outputs are found.
+struct Tops {
+    n_chunks: usize,
+    keys: Buffer,   // (output, chunk, TOP)
+    tokens: Buffer, // (output, TOP)
+    values: Buffer, // (output, TOP)
+}
+
+/// A row of logits as the host knows it.
+struct Row {
+    /// Its logits have been copied to the host, or put there.
+    is_here: AtomicBool,
+    /// How many of the best are in `CudaContext::best`.
+    n_best: usize,
+}
+
+pub struct CudaContext {
+    graphs: VecDeque<(Shape, Graph)>,
+    step: Step,
+    packed: Pinned,      // the plan, on the host
+    shape: Shape,        // of the running pass
+    logits: Pinned,      // (logits row, n_vocab): copied when they are asked for
+    rows: Vec<Row>,      // (logits row)
+    best_tokens: Vec<u32>, // (logits row, TOP)
+    best_values: Vec<f32>, // (logits row, TOP)
+    found: [Pinned; 2],  // (output, TOP): tokens and values of the running pass
+    embeddings: Pinned,  // (embedding, n_embd)
+    row: Mutex<Vec<u8>>, // a cached row in the device's order; held by whoever copies between host and device aside of a pass
+    /// What went wrong in a call that cannot say so; the next pass does.
+    deferred: Mutex<Option<Error>>,
+}
+
+/// Bytes of dynamic shared memory of `attention_mma_*`: two tiles of 64 keys, and of as many values, in f16, each row with 16 bytes
+/// between it and the next.
+pub fn mma_shared(head_dim: usize) -> usize {
+    2 * 2 * 64 * (2 * head_dim + 16)
+}
+
+/// The same of `attention_plain`: 16 queries, 64 keys.
+pub fn plain_shared(head_dim: usize) -> usize {
+    4 * (16 * head_dim + 64 * (head_dim | 1))
+}
+
+/// The same of `qkv_finish`: a row.
+pub fn qkv_shared(h: &Hyper) -> usize {
+    4 * h.q_dim().max(h.kv_dim())
+}
+
+impl CudaContext {
+    pub fn new(model: Arc<Cuda>, options: &ContextOptions) -> Result<CudaContext> {
+        let h = model.hyper.clone();
+        let layout = options.layout;
+        let rows = options.max_rows;
+        let row_bytes = row_bytes(options.cache_type, h.kv_dim());
+        let scratch = |rows: usize, width: usize| {
+            let what = SCRATCH;
+            let bytes = rows.checked_mul(width).and_then(|n| n.checked_mul(4));
+            Buffer::new(&model.device, what, bytes.ok_or(Error::OutOfMemory { what, bytes: usize::MAX })?)
+        };
+        let host = |what, rows: usize, width: usize| {
+            let bytes = rows.checked_mul(width).and_then(|n| n.checked_mul(4));
+            Pinned::new(&model.device, what, bytes.ok_or(Error::OutOfMemory { what, bytes: usize::MAX })?)
+        };
+        let n_blocks = layout.n_blocks * layout.n_sequences;
+        let plan_bytes = plan::capacity(&h, rows, layout.n_sequences, n_blocks);
+        if plan_bytes > u32::MAX as usize {
+            return Err(Error::OutOfMemory { what: "the plan of a pass", bytes: plan_bytes });
+        }
+        let gemm = match &model.gemm {
+            Some(gemm) if rows > FEW_ROWS => {
+                let pitch = |n: usize| n.next_multiple_of(32) * 2;
+                let converted = model.weights.matrices().map(|m| m.strips() * weights::STRIP * pitch(m.n_in));
+                let strip = model.weights.matrices().map(|m| weights::STRIP * pitch(m.n_in)).max().unwrap_or(0);
+                Some(gemm::Workspace::new(&model.device, gemm.clone(), strip, converted.max().unwrap_or(0))?)
+            }
+            _ => None,
+        };
+        let n_head = options.n_logits.clamp(1, HEAD_ROWS);
+        let step = Step {
+            cache: Store::new(&model, "the KV cache in device memory", h.n_layers, layout.cache_rows(), row_bytes)?,
+            rings: Store::new(&model, "the rings in device memory", h.n_layers, layout.ring_rows(), row_bytes)?,
+            fresh: Store::new(&model, SCRATCH, 1, rows, row_bytes)?,
+            x: [scratch(rows, h.n_embd)?, scratch(rows, h.n_embd)?],
+            q: scratch(rows, h.q_dim())?,
+            k: scratch(rows, h.kv_dim())?,
+            v: scratch(rows, h.kv_dim())?,
+            partial: scratch(rows.max(PARTIAL_ROWS) * h.n_heads, h.head_dim + 2)?,
+            gate: scratch(rows, h.n_ff)?,
+            up: scratch(rows, h.n_ff)?,
+            out: scratch(rows, h.n_embd)?,
+            normed: scratch(rows, h.n_embd)?,
+            head: scratch(n_head, h.n_vocab)?,
+            input: Input::new(&model, rows, h.n_embd)?,
+            attended: Input::new(&model, rows, h.q_dim())?,
+            activated: Input::new(&model, rows, h.n_ff)?,
+            tops: Tops::new(&model, n_head)?,
+            logits: scratch(options.n_logits, h.n_vocab)?,
+            gemm: Mutex::new(gemm),
+            plan: Buffer::new(&model.device, SCRATCH, plan_bytes)?,
+            stream: Stream::new(&model.device)?,
+            ahead: [Event::new(&model.device)?, Event::new(&model.device)?],
+            options: *options,
+            model: model.clone(),
+        };
+        Ok(CudaContext {
+            graphs: VecDeque::with_capacity(MAX_GRAPHS),
+            packed: Pinned::new(&model.device, "scratch", plan_bytes)?,
+            shape: Shape { layers: Vec::with_capacity(h.n_layers), ..Shape::default() },
+            logits: host("the logits", options.n_logits, h.n_vocab)?,
+            rows: (0..options.n_logits).map(|_| Row { is_here: AtomicBool::new(true), n_best: 0 }).collect(),
+            best_tokens: vec![0; options.n_logits * TOP],
+            best_values: vec![0.0; options.n_logits * TOP],
+            found: [host("scratch", n_head, TOP)?, host("scratch", n_head, TOP)?],
+            embeddings: host("the embeddings", options.n_embeddings, h.n_embd)?,
+            row: Mutex::new(vec![0; row_bytes]),
+            deferred: Mutex::new(None),
+            step,
+        })
+    }
+
+    fn pass(&mut self, plan: &Plan, cancelled: &(dyn Fn() -> bool + Sync)) -> Result<()> {
+        if let Some(e) = self.deferred.get_mut().unwrap_or_else(|e| e.into_inner()).take() {
+            return Err(e);
+        }
+        if cancelled() {
+            return Err(Error::Cancelled);
+        }
+        let model = self.step.model.clone();
+        let _entered = model.device.enter()?;
+        let used = plan::pack(plan, &model.hyper, TILE_QUERIES, self.packed.as_mut_slice(), &mut self.shape);
+        // SAFETY: both buffers have the capacity of any plan; nothing writes `packed` before the pass has been waited for.
+        unsafe { self.step.stream.upload(self.step.plan.address(), &self.packed.as_slice()[..used])? };
+        let n_outputs = plan.outputs.len();
+        let at_once = self.step.head_rows();
+        if self.shape.n_rows() <= FEW_ROWS && n_outputs <= at_once {
+            self.replay()?;
+            return self.fetch(plan, 0, n_outputs);
+        }
+        self.step.layers(&self.shape, Some(cancelled))?;
+        for first in (0..n_outputs).step_by(at_once) {
+            let n = at_once.min(n_outputs - first);
+            self.step.outputs(&self.shape, first, n)?;
+            self.fetch(plan, first, n)?;
+        }
+        Ok(())
+    }
+
+    /// The pass as a graph, captured if it is the first of its shape.
+    fn replay(&mut self) -> Result<()> {
+        if let Some(at) = self.graphs.iter().position(|(shape, _)| *shape == self.shape) {
+            // The most recently used one comes last.
+            let known = self.graphs.remove(at).expect("found");
+            self.graphs.push_back(known);
+        } else {
+            let (step, shape) = (&self.step, &self.shape);
+            let graph = step.stream.capture(|| {
+                step.layers(shape, None)?;
+                step.outputs(shape, 0, shape.n_outputs as usize)
+            })?;
+            if self.graphs.len() == MAX_GRAPHS {
+                self.graphs.pop_front();
+            }
+            self.graphs.push_back((shape.clone(), graph));
+        }
+        let (_, graph) = self.graphs.back().expect("one was put there");
+        // SAFETY: it was captured of this context's buffers, which live as long as it does.
+        unsafe { self.step.stream.launch_graph(graph) }
+    }
+
+    /// Takes outputs to where they belong.
+    fn fetch(&mut self, plan: &Plan, first: usize, n: usize) -> Result<()> {
+        let h = &self.step.model.hyper;
+        let step = &self.step;
+        let outputs = &plan.outputs[first..first + n];
+        if plan.is_embedding {
+            for (i, output) in outputs.iter().enumerate() {
+                let to = &mut self.embeddings.as_mut_slice()[output.logits as usize * h.n_embd * 4..][..h.n_embd * 4];
+                // Embeddings are computed all at once, logits piece by piece.
+                // SAFETY: `run` waits for the stream before anyone can look.
+                unsafe { step.stream.download(to, step.normed.at((first + i) * h.n_embd * 4))? };
+            }
+            return Ok(());
+        }
+        let bytes = h.n_vocab * 4;
+        for (i, output) in outputs.iter().enumerate() {
+            let row = output.logits as usize;
+            // SAFETY: rows of two buffers.
+            unsafe { step.stream.copy(step.logits.at(row * bytes), step.head.at(i * bytes), bytes)? };
+            *self.rows[row].is_here.get_mut() = false;
+            self.rows[row].n_best = 0;
+        }
+        let Some(tops) = &step.tops else { return Ok(()) };
+        for (to, from) in self.found.iter_mut().zip([&tops.tokens, &tops.values]) {
+            // SAFETY: waited for right below.
+            unsafe { step.stream.download(&mut to.as_mut_slice()[..n * TOP * 4], from.address())? };
+        }
+        step.stream.synchronize()?;
+        let [tokens, values] = &self.found;
+        for (i, output) in outputs.iter().enumerate() {
+            let row = output.logits as usize;
+            let (found, best) = (i * TOP..(i + 1) * TOP, row * TOP..(row + 1) * TOP);
+            self.best_values[best.clone()].copy_from_slice(&values.floats()[found.clone()]);
+            let best = &mut self.best_tokens[best];
+            best.iter_mut().zip(&tokens.floats()[found]).for_each(|(b, t)| *b = t.to_bits());
+            self.rows[row].n_best = best.iter().take_while(|&&t| t != u32::MAX).count();
+        }
+        Ok(())
+    }
+
+    /// Copies a row of logits to the host, unless it is there.
+    fn bring(&self, row: usize) {
+        let n = self.step.model.hyper.n_vocab * 4;
+        let _one_at_a_time = self.row.lock().unwrap_or_else(|e| e.into_inner());
+        if self.rows[row].is_here.load(Ordering::Acquire) {
+            return;
+        }
+        self.defer(|step| {
+            // SAFETY: nobody has seen this row of the host's since it was written on the device.
+            let to = unsafe { self.logits.part(row * n..(row + 1) * n) };
+            // SAFETY: waited for right here.
+            unsafe { step.stream.download(to, step.logits.at(row * n))? };
+            step.stream.synchronize()
+        });
+        self.rows[row].is_here.store(true, Ordering::Release);
+    }
+
+    /// Does `work` and remembers what goes wrong for the next pass.
+    fn defer(&self, work: impl FnOnce(&Step) -> Result<()>) {
+        let done = self.step.model.device.enter().and_then(|_entered| work(&self.step));
+        if let Err(e) = done {
+            log::error!("{e}");
+            self.deferred.lock().unwrap_or_else(|e| e.into_inner()).get_or_insert(e);
+        }
+    }
+}
+
+impl Step {
+    fn head_rows(&self) -> usize {
+        self.head.bytes() / (4 * self.model.hyper.n_vocab)
+    }
+
+    /// One block to each of `rows`, with a row of `width` floats in shared memory.
+    fn by_row(rows: usize, width: usize) -> Grid {
+        Grid { blocks: (rows, 1, 1), threads: THREADS, shared: width * 4 }
+    }
+
+    /// Queues all layers, and the output norm. With `cancelled`, which is asked between layers, it waits for earlier ones.
+    fn layers(&self, shape: &Shape, cancelled: Option<&(dyn Fn() -> bool + Sync)>) -> Result<()> {
+        let model = &*self.model;
+        let h = &*model.hyper;
+        let base = self.plan.address();
+        self.embed(shape)?;
+        let before = |weight: Address| if h.norms == NormPlacement::Before { weight } else { 0 };
+        let after = |weight: Address| if h.norms == NormPlacement::After { weight } else { 0 };
+        let [mut x, mut x_next] = [&self.x[0], &self.x[1]];
+        let first = ResidualParams {
+            x_in: x.address(),
+            norm: before(model.weights.layers[0].attention_norm),
+            act: self.input.from(0),
+            rows: shape.tokens.n,
+            n: h.n_embd as u32,
+            eps: h.norm_eps,
+            ..ResidualParams::default()
+        };
+        // SAFETY: here and below: the buffers have room for the rows of any pass, and live until the stream is through.
+        unsafe { self.stream.launch(model.kernels.residual_norm, Self::by_row(shape.n_rows(), h.n_embd), &first)? };
+        for (i, layer) in model.weights.layers.iter().enumerate() {
+            if let Some(cancelled) = cancelled {
+                let event = &self.ahead[i % LAYERS_AHEAD];
+                if i >= LAYERS_AHEAD {
+                    event.wait()?;
+                }
+                if cancelled() {
+                    return Err(Error::Cancelled);
+                }
+            }
+            let lists = &shape.layers[i];
+            self.attention(shape, i, layer, lists)?;
+            let n_keep = lists.keep.len();
+            let mut gemm = self.gemm.lock().unwrap_or_else(|e| e.into_inner());
+            let out = self.out.address();
+            // SAFETY: as above.
+            unsafe {
+                model.linear(&self.stream, self.attended.from(0), &[(&layer.o, out)], n_keep, gemm.as_mut())?;
+            }
+            let residual = ResidualParams {
+                x_in: x.address(),
+                gather: lists.keep.at(base),
+                add: out,
+                add_norm: after(layer.attention_norm),
+                x_out: x_next.address(),
+                norm: before(layer.ffn_norm),
+                rows: n_keep as u32,
+                ..first
+            };
+            let grid = Self::by_row(n_keep, h.n_embd);
+            // SAFETY: as above.
+            unsafe { self.stream.launch(model.kernels.residual_norm, grid, &residual)? };
+            (x, x_next) = (x_next, x);
+            let both = [(&layer.gate, self.gate.address()), (&layer.up, self.up.address())];
+            let gated = GatedParams {
+                gate: self.gate.address(),
+                up: self.up.address(),
+                act: self.activated.from(0),
+                rows: n_keep as u32,
+                n: h.n_ff as u32,
+            };
+            // SAFETY: as above.
+            unsafe {
+                model.linear(&self.stream, self.input.from(0), &both, n_keep, gemm.as_mut())?;
+                self.stream.launch(model.kernels.gated, Self::by_row(n_keep, h.n_ff), &gated)?;
+                model.linear(&self.stream, self.activated.from(0), &[(&layer.down, out)], n_keep, gemm.as_mut())?;
+            }
+            let next = model.weights.layers.get(i + 1);
+            let residual = ResidualParams {
+                x_in: x.address(),
+                gather: 0,
+                add_norm: after(layer.ffn_norm),
+                x_out: x_next.address(),
+                norm: next.map_or(model.weights.norm, |l| before(l.attention_norm)),
+                normed: if next.is_none() && shape.is_embedding { self.normed.address() } else { 0 },
+                ..residual
+            };
+            // SAFETY: as above.
+            unsafe { self.stream.launch(model.kernels.residual_norm, grid, &residual)? };
+            (x, x_next) = (x_next, x);
+            if cancelled.is_some() {
+                self.stream.record(&self.ahead[i % LAYERS_AHEAD])?;
+            }
+        }
+        Ok(())
+    }
+
+    fn embed(&self, shape: &Shape) -> Result<()> {
+        let model = &*self.model;
+        let base = self.plan.address();
+        for (i, table) in model.weights.embeddings.iter().enumerate() {
+            if shape.tables_used.get(i / 32).is_none_or(|bits| bits >> (i % 32) & 1 == 0) {
+                continue;
+            }
+            let params = EmbedParams {
+                weights: table.weights,
+                tokens: shape.tokens.at(base),
+                tables: shape.tables.at(base),
+                x: self.x[0].address(),
+                table: i as u32,
+                n: table.n_in as u32,
+                rows: shape.tokens.n,
+                unused: 0,
+            };
+            // SAFETY: see `layers`.
+            unsafe {
+                self.stream.launch(model.kernels.embed[&table.dtype], Self::by_row(shape.n_rows(), 0), &params)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Queries, keys, values; attention; the rings.
+    fn attention(&self, shape: &Shape, index: usize, layer: &DeviceLayer, lists: &LayerLists) -> Result<()> {
+        let model = &*self.model;
+        let h = &*model.hyper;
+        let base = self.plan.address();
+        let (n_enter, n_keep) = (lists.enter.len(), lists.keep.len());
+        let (q, k, v) = (self.q.address(), self.k.address(), self.v.address());
+        let mut gemm = self.gemm.lock().unwrap_or_else(|e| e.into_inner());
+        let three = [(&layer.q, q), (&layer.k, k), (&layer.v, v)];
+        // SAFETY: see `layers`.
+        unsafe { model.linear(&self.stream, self.input.from(0), &three, n_enter, gemm.as_mut())? };
+        let cache_type = match self.options.cache_type {
+            CacheType::F32 => 0,
+            CacheType::F16 => 1,
+            CacheType::Q8_0 => 2,
+        };
+        let (cache, ring, fresh) = (self.cache.layer(index), self.rings.layer(index), self.fresh.layer(0));
+        let row_bytes = self.cache.row_bytes as u32;
+        let (n_heads, n_kv_heads, head_dim) = (h.n_heads as u32, h.n_kv_heads as u32, h.head_dim as u32);
+        let (rows, enter) = (shape.rows.at(base), lists.enter.at(base));
+        let finish = QkvParams {
+            q,
+            k,
+            v,
+            q_norm: layer.q_norm,
+            k_norm: layer.k_norm,
+            rope: shape.rope.at(base),
+            rows,
+            enter,
+            cache,
+            fresh,
+            n: lists.enter.n,
+            n_heads,
+            n_kv_heads,
+            head_dim,
+            n_rope: h.rope_frequencies.len() as u32,
+            adjacent: (h.rope_pairs == RopePairs::Adjacent).into(),
+            norm_whole: (h.qk_norm == QkNorm::Projection).into(),
+            cache_type,
+            row_bytes,
+            eps: h.norm_eps,
+        };
+        let grid = Grid { blocks: (n_enter, 3, 1), threads: ATTENTION_THREADS, shared: qkv_shared(h) };
+        // SAFETY: see `layers`.
+        unsafe { self.stream.launch(model.kernels.qkv_finish, grid, &finish)? };
+
+        let splits = self.splits(lists);
+        let partial = self.partial.address();
+        let attention = AttentionParams {
+            q,
+            rows,
+            enter,
+            keep: lists.keep.at(base),
+            tiles: lists.tiles.at(base),
+            entries: shape.entries.at(base),
+            blocks: shape.blocks(base),
+            cache,
+            ring,
+            fresh,
+            partial,
+            n_tiles: lists.tiles.n,
+            n_heads,
+            n_kv_heads,
+            head_dim,
+            splits: splits as u32,
+            rows_per_block: (self.options.layout.block * self.options.layout.stored_copies) as u32,
+            ring_capacity: self.options.layout.ring_capacity as u32,
+            cache_type,
+            row_bytes,
+            scale: 1.0 / (h.head_dim as f32).sqrt(),
+        };
+        let (kernel, shared) = match model.kernels.attention_mma {
+            Some(kernel) if self.options.cache_type != CacheType::F32 => (kernel, mma_shared(h.head_dim)),
+            _ => (model.kernels.attention_plain, plain_shared(h.head_dim)),
+        };
+        let grid = Grid { blocks: (lists.tiles.len(), h.n_kv_heads, splits), threads: ATTENTION_THREADS, shared };
+        let act = self.attended.from(0);
+        let merge = MergeParams { partial, act, n: lists.keep.n, n_heads, head_dim, splits: splits as u32 };
+        // SAFETY: see `layers`.
+        unsafe {
+            self.stream.launch(kernel, grid, &attention)?;
+            self.stream.launch(model.kernels.attention_merge, Self::by_row(n_keep, h.q_dim()), &merge)?;
+        }
+        if self.options.layout.ring_capacity > 0 && fresh.k != 0 {
+            let keep = KeepParams {
+                rows,
+                enter,
+                entries: shape.entries.at(base),
+                ring,
+                fresh,
+                n: lists.enter.n,
+                ring_capacity: self.options.layout.ring_capacity as u32,
+                row_bytes,
+                unused: 0,
+            };
+            // SAFETY: see `layers`.
+            unsafe {
+                let grid = Grid { threads: ATTENTION_THREADS, ..Self::by_row(n_enter, 0) };
+                self.stream.launch(model.kernels.keep_hidden, grid, &keep)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Parts that the context is cut into, so that two blocks come to each multiprocessor. A matter of counts alone: passes of one
+    /// shape have the same.
+    fn splits(&self, lists: &LayerLists) -> usize {
+        let blocks = lists.tiles.len() * self.model.hyper.n_kv_heads;
+        let wanted = (2 * self.model.device.n_multiprocessors).div_ceil(blocks.max(1));
+        let longest = self.options.layout.n_positions * self.options.layout.stored_copies;
+        let room = (self.options.max_rows.max(PARTIAL_ROWS)) / lists.keep.len().max(1);
+        wanted.min(longest.div_ceil(SPLIT_KEYS)).min(room).clamp(1, MAX_SPLITS)
+    }
+
+    /// Queues the LM head for outputs `first..first + n`, into the first rows of `head`.
+    fn outputs(&self, shape: &Shape, first: usize, n: usize) -> Result<()> {
+        if shape.is_embedding {
+            return Ok(());
+        }
+        let head = [(&self.model.weights.head, self.head.address())];
+        let mut gemm = self.gemm.lock().unwrap_or_else(|e| e.into_inner());
+        // SAFETY: see `layers`.
+        unsafe { self.model.linear(&self.stream, self.input.from(first), &head, n, gemm.as_mut())? };
+        let Some(tops) = &self.tops else { return Ok(()) };
+        let params = TopParams {
+            logits: self.head.address(),
+            keys: tops.keys.address(),
+            tokens: tops.tokens.address(),
+            values: tops.values.address(),
+            n_vocab: self.model.hyper.n_vocab as u32,
+            n_chunks: tops.n_chunks as u32,
+        };
+        let grid = |x: usize, y: usize| Grid { blocks: (x, y, 1), threads: TOP_THREADS, shared: 0 };
+        // SAFETY: see `layers`.
+        unsafe {
+            self.stream.launch(self.model.kernels.top_chunks, grid(tops.n_chunks, n), &params)?;
+            self.stream.launch(self.model.kernels.top_rows, grid(n, 1), &params)
+        }
+    }
+}
+
+impl Tops {
+    /// For up to `rows` outputs at once. `None` for vocabularies larger than the kernels merge.
+    fn new(model: &Cuda, rows: usize) -> Result<Option<Tops>> {
+        let n_chunks = model.hyper.n_vocab.div_ceil(TOP_CHUNK);
+        if n_chunks * TOP > TOP_CHUNK {
+            return Ok(None);
+        }
+        let new = |bytes: usize| Buffer::new(&model.device, SCRATCH, rows * bytes);
+        Ok(Some(Tops { n_chunks, keys: new(n_chunks * TOP * 8)?, tokens: new(TOP * 4)?, values: new(TOP * 4)? }))
+    }
+
+    fn bytes(&self) -> usize {
+        self.keys.bytes() + self.tokens.bytes() + self.values.bytes()
+    }
+}
+
+impl Context for CudaContext {
+    fn run(&mut self, plan: &Plan, cancelled: &(dyn Fn() -> bool + Sync)) -> Result<()> {
+        let done = self.pass(plan, cancelled);
+        // Whatever became of it: what is queued must be through before the host goes on.
+        let _entered = self.step.model.device.enter()?;
+        let waited = self.step.stream.synchronize();
+        done.and(waited)
+    }
+
+    fn logits(&self, row: usize) -> &[f32] {
+        self.bring(row);
+        let n = self.step.model.hyper.n_vocab;
+        &self.logits.floats()[row * n..(row + 1) * n]
+    }
+
+    fn logits_mut(&mut self, row: usize) -> &mut [f32] {
+        self.bring(row);
+        self.rows[row].n_best = 0;
+        let n = self.step.model.hyper.n_vocab;
+        &mut self.logits.floats_mut()[row * n..(row + 1) * n]
+    }
+
+    fn top(&self, row: usize) -> Option<(&[u32], &[f32])> {
+        let best = row * TOP..row * TOP + self.rows[row].n_best;
+        (!best.is_empty()).then(|| (&self.best_tokens[best.clone()], &self.best_values[best]))
+    }
+
+    fn copy_logits(&mut self, src: usize, dst: usize) {
+        if src == dst {
+            return;
+        }
+        let n = self.step.model.hyper.n_vocab;
+        if *self.rows[src].is_here.get_mut() {
+            self.logits.floats_mut().copy_within(src * n..(src + 1) * n, dst * n);
+        } else {
+            // SAFETY: different rows of one buffer.
+            self.defer(|step| unsafe { step.stream.copy(step.logits.at(dst * n * 4), step.logits.at(src * n * 4), n * 4) });
+        }
+        *self.rows[dst].is_here.get_mut() = *self.rows[src].is_here.get_mut();
+        self.rows[dst].n_best = self.rows[src].n_best;
+        self.best_tokens.copy_within(src * TOP..(src + 1) * TOP, dst * TOP);
+        self.best_values.copy_within(src * TOP..(src + 1) * TOP, dst * TOP);
+    }
+
+    fn embedding(&self, row: usize) -> &[f32] {
+        let n = self.step.model.hyper.n_embd;
+        &self.embeddings.floats()[row * n..(row + 1) * n]
+    }
+
+    fn copy_block(&mut self, copy: BlockCopy) {
+        let layout = self.step.options.layout;
+        let rows_per_block = layout.block * layout.stored_copies;
+        let (src, dst) = (copy.src as usize * rows_per_block, copy.dst as usize * rows_per_block);
+        let n = copy.n_positions * layout.stored_copies;
+        self.defer(|step| step.cache.copy(&step.stream, step.model.hyper.n_layers, src, dst, n));
+    }
+
+    fn copy_rings(&mut self, src: usize, dst: usize) {
+        let capacity = self.step.options.layout.ring_capacity;
+        if src != dst && capacity > 0 {
+            let (src, dst) = (src * capacity, dst * capacity);
+            self.defer(|step| step.rings.copy(&step.stream, step.model.hyper.n_layers, src, dst, capacity));
+        }
+    }
+
+    fn read_row(&self, layer: usize, row: usize, k: &mut [u8], v: &mut [u8]) {
+        let mut buffer = self.row.lock().unwrap_or_else(|e| e.into_inner());
+        self.defer(|step| {
+            for (part, out) in [k, v].into_iter().enumerate() {
+                // SAFETY: a row of the cache; waited for right here.
+                unsafe { step.stream.download(&mut buffer, step.cache.row(layer, part, row))? };
+                step.stream.synchronize()?;
+                match step.options.cache_type {
+                    CacheType::Q8_0 => q8_from_device(&buffer, out),
+                    _ => out.copy_from_slice(&buffer[..out.len()]),
+                }
+            }
+            Ok(())
+        });
+    }
+
+    fn write_row(&mut self, layer: usize, row: usize, k: &[u8], v: &[u8]) {
+        let mut buffer = self.row.lock().unwrap_or_else(|e| e.into_inner());
+        self.defer(|step| {
+            for (part, bytes) in [k, v].into_iter().enumerate() {
+                match step.options.cache_type {
+                    CacheType::Q8_0 => q8_to_device(bytes, &mut buffer),
+                    _ => buffer[..bytes.len()].copy_from_slice(bytes),
+                }
+                // SAFETY: a row of the cache; waited for right here.
+                unsafe { step.stream.upload(step.cache.row(layer, part, row), &buffer)? };
+                step.stream.synchronize()?;
+            }
+            Ok(())
+        });
+    }
+
+    fn memory(&self) -> ContextMemory {
+        let s = &self.step;
+        let buffers = [&s.x[0], &s.x[1], &s.q, &s.k, &s.v, &s.partial, &s.gate, &s.up, &s.out, &s.normed, &s.head, &s.logits, &s.plan];
+        let inputs = [&s.input, &s.attended, &s.activated];
+        let gemm = s.gemm.lock().unwrap_or_else(|e| e.into_inner());
+        ContextMemory {
+            cache: s.cache.buffer.bytes(),
+            hidden: s.rings.buffer.bytes(),
+            scratch: buffers.into_iter().map(Buffer::bytes).sum::<usize>()
+                + inputs.into_iter().map(Input::bytes).sum::<usize>()
+                + s.fresh.buffer.bytes()
+                + s.tops.as_ref().map_or(0, Tops::bytes)
+                + (self.best_tokens.len() + self.best_values.len()) * 4
+                + gemm.as_ref().map_or(0, gemm::Workspace::bytes)
+                + [&self.packed, &self.logits, &self.embeddings, &self.found[0], &self.found[1]].map(Pinned::bytes).iter().sum::<usize>(),
+        }
+    }
+}

@@ -1,0 +1,320 @@
+//! The CUDA backend: weights in layouts of our own, kernels compiled for the GPU that is there, steps replayed as graphs.
+//!
+//! The driver, NVRTC and cuBLASLt are found at run time. See `docs/gpu.md`.
+
+pub mod compile;
+mod context;
+mod driver;
+mod gemm;
+mod pack;
+mod params;
+mod plan;
+#[cfg(test)]
+mod tests;
+mod weights;
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use self::context::CudaContext;
+use self::driver::{Buffer, Device, Grid, Kernel, Module, Stream};
+use self::gemm::Gemm;
+use self::params::{Activations, BiasParams, DequantizeParams, LinearParams, Matrix};
+use self::weights::{DeviceMatrix, DeviceWeights, STRIP};
+use super::{Backend, Context, ContextOptions};
+use crate::error::{Result, unsupported};
+use crate::model::{Hyper, Weights};
+use crate::tensor::DType;
+
+/// Columns of activations that a `linear_*` kernel takes at once, in tiles of 8 (the number in its name), and the rows that makes:
+/// up to 16 rows as two bf16 parts each, above as one.
+const WIDTHS: [(usize, usize); 4] = [(1, 4), (2, 8), (4, 16), (8, 64)];
+/// Rows above which a GEMM library pays.
+const FEW_ROWS: usize = 64;
+/// Rows to a group of `linear_f32`.
+const F32_ROWS: usize = 8;
+const THREADS: u32 = 256;
+
+/// A device that has been asked for, and found fit.
+pub struct Opened {
+    device: Arc<Device>,
+    module: Arc<Module>,
+}
+
+/// Finds the device and compiles the kernels for it.
+///
+/// # Errors
+/// `Backend` with the reason: no driver, no device, one too old, no NVRTC.
+pub fn open(ordinal: i32) -> Result<Opened> {
+    let device = Device::open(ordinal)?;
+    let module = Arc::new(Module::load(&device, &compile::kernels(device.arch)?)?);
+    Ok(Opened { device, module })
+}
+
+/// Every kernel that a model uses.
+struct Kernels {
+    linear: HashMap<(DType, usize), Kernel>, // (type, tiles); 0 tiles: the f32 one
+    dequantize: HashMap<DType, Kernel>,
+    embed: HashMap<DType, Kernel>,
+    residual_norm: Kernel,
+    gated: Kernel,
+    add_bias: Kernel,
+    qkv_finish: Kernel,
+    attention_plain: Kernel,
+    attention_mma: Option<Kernel>,
+    attention_merge: Kernel,
+    keep_hidden: Kernel,
+    top_chunks: Kernel,
+    top_rows: Kernel,
+}
+
+pub struct Cuda {
+    hyper: Arc<Hyper>,
+    weights: DeviceWeights,
+    kernels: Kernels,
+    gemm: Option<Arc<Gemm>>,
+    /// Keeps the kernels loaded.
+    _module: Arc<Module>,
+    device: Arc<Device>,
+}
+
+impl Cuda {
+    /// Loads the weights into the device's memory.
+    pub fn new(
+        opened: Opened,
+        hyper: Arc<Hyper>,
+        weights: &Weights,
+        progress: &mut dyn FnMut(f32) -> Result<()>,
+    ) -> Result<Cuda> {
+        let Opened { device, module } = opened;
+        // A row in shared memory: see residual_norm and gated.
+        let widest = 4 * hyper.n_ff.max(hyper.n_embd).max(hyper.q_dim());
+        if widest + (4 << 10) > device.shared_memory {
+            return Err(unsupported!(
+                "{}: a row of {} elements does not fit into {} bytes of shared memory",
+                device.name,
+                widest / 4,
+                device.shared_memory
+            ));
+        }
+        if hyper.head_dim > context::MAX_HEAD_DIM {
+            return Err(unsupported!("head_dim is {}, the CUDA backend has at most {}", hyper.head_dim, context::MAX_HEAD_DIM));
+        }
+        let weights = weights::load(&device, weights, progress)?;
+        let gemm = match Gemm::find() {
+            Ok(gemm) => Some(Arc::new(gemm)),
+            Err(e) => {
+                log::info!("{e}; prefill goes on with slower kernels");
+                None
+            }
+        };
+        let kernels = Kernels::of(&module, &hyper, &weights, widest)?;
+        log::info!(
+            "{} MiB of weights on {} ({} multiprocessors, compute capability {}.{}, driver for CUDA {}.{})",
+            weights.bytes() >> 20,
+            device.name,
+            device.n_multiprocessors,
+            device.arch.0,
+            device.arch.1,
+            device.driver_version / 1000,
+            device.driver_version % 1000 / 10,
+        );
+        Ok(Cuda { hyper, weights, kernels, gemm, _module: module, device })
+    }
+
+    /// Whether any matrix is f32, and whether any has blocks with minimums: what activations must have for them.
+    fn needs(&self) -> (bool, bool) {
+        let any = |types: &[DType]| self.weights.matrices().any(|m| types.contains(&m.dtype));
+        (any(&[DType::F32]), any(&[DType::Q4_1, DType::Q4_K, DType::Q5_K]))
+    }
+
+    /// `out[i] = W[i] x + b[i]` for `rows` rows: `out[i]` is (row, n_out). `scratch` holds a converted matrix, or a part of one.
+    ///
+    /// # Safety
+    /// Everything is allocated for as many rows.
+    unsafe fn linear(
+        &self,
+        stream: &Stream,
+        x: Activations,
+        matrices: &[(&DeviceMatrix, params::Address)],
+        rows: usize,
+        gemm: Option<&mut gemm::Workspace>,
+    ) -> Result<()> {
+        if rows == 0 {
+            return Ok(());
+        }
+        if let Some(workspace) = gemm
+            && rows > FEW_ROWS
+        {
+            for (matrix, out) in matrices {
+                // SAFETY: the caller's promise.
+                unsafe { self.product(stream, x, matrix, *out, rows, workspace)? };
+            }
+            return Ok(());
+        }
+        // Matrices of one type share a launch.
+        for same in matrices.chunk_by(|a, b| a.0.dtype == b.0.dtype) {
+            let dtype = same[0].0.dtype;
+            let (tiles, at_once) = match dtype {
+                DType::F32 => (0, F32_ROWS),
+                _ => *WIDTHS.iter().find(|(_, n)| rows <= *n).unwrap_or(&WIDTHS[WIDTHS.len() - 1]),
+            };
+            let mut parameters = LinearParams {
+                x,
+                n_matrices: same.len() as u32,
+                n_in: same[0].0.n_in as u32,
+                rows: rows as u32,
+                ..LinearParams::default()
+            };
+            for (p, (m, out)) in parameters.matrices.iter_mut().zip(same) {
+                *p = Matrix { weights: m.weights, bias: m.bias, out: *out, n_out: m.n_out as u32, unused: 0 };
+            }
+            let strips = same.iter().map(|(m, _)| m.strips()).sum();
+            let grid = Grid { blocks: (strips, rows.div_ceil(at_once), 1), threads: THREADS, shared: 0 };
+            // SAFETY: the caller's promise; the matrices lie in the model's arena.
+            unsafe { stream.launch(self.kernels.linear[&(dtype, tiles)], grid, &parameters)? };
+        }
+        Ok(())
+    }
+
+    /// One matrix through cuBLASLt, converted to bf16 first where it is stored otherwise.
+    ///
+    /// # Safety
+    /// As [`Cuda::linear`].
+    unsafe fn product(
+        &self,
+        stream: &Stream,
+        x: Activations,
+        matrix: &DeviceMatrix,
+        out: params::Address,
+        rows: usize,
+        workspace: &mut gemm::Workspace,
+    ) -> Result<()> {
+        let pitch = matrix.n_in.next_multiple_of(32);
+        let mut product = gemm::Product {
+            dtype: DType::BF16,
+            weights: matrix.weights,
+            x: x.hi,
+            out,
+            n_out: matrix.n_out,
+            n_in: pitch,
+            rows,
+            out_stride: matrix.n_out,
+        };
+        match matrix.dtype {
+            DType::BF16 => workspace.multiply(stream, &product)?,
+            DType::F32 => {
+                (product.dtype, product.x) = (DType::F32, x.exact);
+                workspace.multiply(stream, &product)?;
+            }
+            dtype => {
+                let per_strip = weights::strip_bytes(dtype, matrix.n_in);
+                let at_once = (workspace.converted.bytes() / (STRIP * pitch * 2)).max(1);
+                for first in (0..matrix.strips()).step_by(at_once) {
+                    let n = at_once.min(matrix.strips() - first);
+                    let parameters = DequantizeParams {
+                        weights: matrix.weights + (first * per_strip) as u64,
+                        out: workspace.converted.address(),
+                        n_in: matrix.n_in as u32,
+                        n_strips: n as u32,
+                    };
+                    let grid = Grid { blocks: (n, 1, 1), threads: THREADS, shared: 0 };
+                    // SAFETY: `converted` holds as many strips, see `Workspace::new`.
+                    unsafe { stream.launch(self.kernels.dequantize[&dtype], grid, &parameters)? };
+                    product.weights = workspace.converted.address();
+                    product.out = out + (first * STRIP * 4) as u64;
+                    product.n_out = (n * STRIP).min(matrix.n_out - first * STRIP);
+                    workspace.multiply(stream, &product)?;
+                }
+            }
+        }
+        if matrix.bias != 0 {
+            let parameters = BiasParams { y: out, bias: matrix.bias, rows: rows as u32, n: matrix.n_out as u32 };
+            let grid = Grid { blocks: (rows, 1, 1), threads: THREADS, shared: 0 };
+            // SAFETY: the caller's promise.
+            unsafe { stream.launch(self.kernels.add_bias, grid, &parameters)? };
+        }
+        Ok(())
+    }
+}
+
+impl Kernels {
+    fn of(module: &Module, h: &Hyper, weights: &DeviceWeights, widest: usize) -> Result<Kernels> {
+        let (mut linear, mut dequantize, mut embed) = (HashMap::new(), HashMap::new(), HashMap::new());
+        for m in weights.matrices() {
+            let name = pack::type_name(m.dtype);
+            if m.dtype == DType::F32 {
+                linear.insert((m.dtype, 0), module.kernel("linear_f32", 0)?);
+                continue;
+            }
+            for (tiles, _) in WIDTHS {
+                linear.insert((m.dtype, tiles), module.kernel(&format!("linear_{name}_{tiles}"), 0)?);
+            }
+            if m.dtype != DType::BF16 {
+                dequantize.insert(m.dtype, module.kernel(&format!("dequantize_{name}"), 0)?);
+            }
+        }
+        for m in &weights.embeddings {
+            embed.insert(m.dtype, module.kernel(&format!("embed_{}", pack::type_name(m.dtype)), 0)?);
+        }
+        let mma = |n| module.kernel(&format!("attention_mma_{n}"), context::mma_shared(n));
+        Ok(Kernels {
+            linear,
+            dequantize,
+            embed,
+            residual_norm: module.kernel("residual_norm", widest)?,
+            gated: module.kernel("gated", widest)?,
+            add_bias: module.kernel("add_bias", 0)?,
+            qkv_finish: module.kernel("qkv_finish", context::qkv_shared(h))?,
+            attention_plain: module.kernel("attention_plain", context::plain_shared(h.head_dim))?,
+            attention_mma: match h.head_dim {
+                n @ (64 | 128) if h.n_heads / h.n_kv_heads <= context::TILE_QUERIES => Some(mma(n)?),
+                _ => None,
+            },
+            attention_merge: module.kernel("attention_merge", widest)?,
+            keep_hidden: module.kernel("keep_hidden", 0)?,
+            top_chunks: module.kernel("top_chunks", 0)?,
+            top_rows: module.kernel("top_rows", 0)?,
+        })
+    }
+}
+
+impl Backend for Cuda {
+    fn name(&self) -> String {
+        let (major, minor) = self.device.arch;
+        format!("cuda {} ({}, sm_{major}{minor})", self.device.ordinal, self.device.name)
+    }
+
+    fn weight_bytes(&self) -> usize {
+        self.weights.bytes()
+    }
+
+    fn pass_bytes(&self) -> usize {
+        self.weights.matrices().map(DeviceMatrix::bytes).sum()
+    }
+
+    fn bandwidth(&self, _: usize) -> Result<f64> {
+        const BYTES: usize = 512 << 20;
+        const COPIES: usize = 8;
+        let _entered = self.device.enter()?;
+        let stream = Stream::new(&self.device)?;
+        let bytes = BYTES.min(self.device.memory()?.0 / 4);
+        let buffer = || Buffer::zeroed(&self.device, "a measurement", bytes);
+        let (from, to) = (buffer()?, buffer()?);
+        let mut best = f64::INFINITY;
+        for _ in 0..3 {
+            let begin = std::time::Instant::now();
+            for _ in 0..COPIES {
+                // SAFETY: both buffers have the bytes, and live until the stream has been waited for.
+                unsafe { stream.copy(to.address(), from.address(), bytes)? };
+            }
+            stream.synchronize()?;
+            best = best.min(begin.elapsed().as_secs_f64());
+        }
+        Ok((2 * COPIES * bytes) as f64 / best)
+    }
+
+    fn context(self: Arc<Self>, options: &ContextOptions) -> Result<Box<dyn Context>> {
+        Ok(Box::new(CudaContext::new(self, options)?))
+    }
+}

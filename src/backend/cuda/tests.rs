@@ -1,0 +1,219 @@
+//! Kernels against plain arithmetic on odd shapes. They need a GPU or the emulator, which `tests/cuda/run.sh` sees to.
+
+use std::sync::Arc;
+
+use super::driver::{Buffer, Device, Grid, Module, Stream};
+use super::pack::{matrix_bytes, pack_strip, strip_bytes, type_name};
+use super::params::{Activations, LinearParams, Matrix, Params, ResidualParams};
+use super::weights::STRIP;
+use super::{F32_ROWS, THREADS, WIDTHS, compile};
+use crate::backend::testing::{Noise, weights};
+use crate::tensor::{DType, dequantize_row};
+
+struct Bench {
+    device: Arc<Device>,
+    module: Module,
+    stream: Stream,
+}
+
+fn bench() -> Bench {
+    let device = Device::open(0).unwrap();
+    let module = Module::load(&device, &compile::kernels(device.arch).unwrap()).unwrap();
+    let stream = Stream::new(&device).unwrap();
+    Bench { device, module, stream }
+}
+
+fn bytes_of<T: Copy>(values: &[T]) -> &[u8] {
+    // SAFETY: numbers have no padding.
+    unsafe { std::slice::from_raw_parts(values.as_ptr().cast(), size_of_val(values)) }
+}
+
+impl Bench {
+    fn upload<T: Copy>(&self, values: &[T]) -> Buffer {
+        let buffer = Buffer::new(&self.device, "a test", size_of_val(values)).unwrap();
+        let _entered = self.device.enter().unwrap();
+        // SAFETY: the buffer has the size; waited for right here.
+        unsafe { self.stream.upload(buffer.address(), bytes_of(values)).unwrap() };
+        self.stream.synchronize().unwrap();
+        buffer
+    }
+
+    fn download(&self, buffer: &Buffer) -> Vec<f32> {
+        let mut bytes = vec![0; buffer.bytes()];
+        let _entered = self.device.enter().unwrap();
+        // SAFETY: as above.
+        unsafe { self.stream.download(&mut bytes, buffer.address()).unwrap() };
+        self.stream.synchronize().unwrap();
+        bytes.as_chunks::<4>().0.iter().map(|&b| f32::from_le_bytes(b)).collect()
+    }
+
+    fn launch<P: Params>(&self, kernel: &str, grid: Grid, params: &P) {
+        let _entered = self.device.enter().unwrap();
+        let kernel = self.module.kernel(kernel, grid.shared).unwrap();
+        // SAFETY: the tests hold what the parameters name.
+        unsafe { self.stream.launch(kernel, grid, params).unwrap() };
+        self.stream.synchronize().unwrap();
+    }
+}
+
+fn noise(n: usize, seed: u32) -> Vec<f32> {
+    let mut noise = Noise(seed);
+    (0..n).map(|_| noise.float()).collect()
+}
+
+/// The activations of `rows` rows of `n`, made by the kernel that makes them in a step.
+struct Made {
+    _buffers: Vec<Buffer>,
+    act: Activations,
+}
+
+fn activations(b: &Bench, x: &[f32], rows: usize, n: usize) -> Made {
+    let stride = n.next_multiple_of(32);
+    let buffer = |bytes: usize| Buffer::new(&b.device, "a test", rows * bytes).unwrap();
+    let buffers = vec![buffer(stride * 2), buffer(stride * 2), buffer(stride * 4), buffer(stride / 32 * 4), b.upload(x)];
+    let at = |i: usize| buffers[i].address();
+    let act = Activations { hi: at(0), lo: at(1), exact: at(2), sums: at(3), stride: stride as u32, unused: 0 };
+    let params = ResidualParams { x_in: at(4), act, rows: rows as u32, n: n as u32, ..ResidualParams::default() };
+    b.launch("residual_norm", Grid { blocks: (rows, 1, 1), threads: THREADS, shared: n * 4 }, &params);
+    Made { _buffers: buffers, act }
+}
+
+fn packed(dtype: DType, n_in: usize, rows: &[u8]) -> Vec<u8> {
+    let row_bytes = dtype.row_bytes(n_in).unwrap();
+    let mut out = vec![0; matrix_bytes(dtype, rows.len() / row_bytes, n_in)];
+    let strips = out.chunks_exact_mut(strip_bytes(dtype, n_in));
+    strips.zip(rows.chunks(STRIP * row_bytes)).for_each(|(out, rows)| pack_strip(dtype, n_in, rows, out));
+    out
+}
+
+const TYPES: [DType; 9] = [
+    DType::F32,
+    DType::F16,
+    DType::BF16,
+    DType::Q8_0,
+    DType::Q4_0,
+    DType::Q4_1,
+    DType::Q4_K,
+    DType::Q5_K,
+    DType::Q6_K,
+];
+
+#[test]
+#[ignore = "needs a GPU or the emulator: tests/cuda/run.sh"]
+fn linear_layers_of_every_type() {
+    let b = bench();
+    for dtype in TYPES {
+        let widths: &[usize] = match dtype.block_len() {
+            1 => &[1, 33, 100, 256],
+            32 => &[32, 96, 320],
+            _ => &[256, 768],
+        };
+        for (&n_in, n_out) in widths.iter().zip([1, 40, 17, 16]) {
+            let tensor = weights(dtype, n_out, n_in, &mut Noise(n_in as u32));
+            let bytes: &[u8] = &tensor.data;
+            let row_bytes = bytes.len() / n_out;
+            let device_weights = b.upload(&packed(dtype, n_in, bytes));
+            let bias = noise(n_out, 99);
+            let device_bias = b.upload(&bias);
+            for rows in [1, 3, 4, 5, 8, 9, 16, 17, 65] {
+                let x = noise(rows * n_in, 7);
+                let made = activations(&b, &x, rows, n_in);
+                let out = b.upload(&vec![f32::NAN; rows * n_out]);
+                let (name, at_once) = match dtype {
+                    DType::F32 => ("linear_f32".to_owned(), F32_ROWS),
+                    _ => {
+                        let (tiles, at_once) = *WIDTHS.iter().find(|w| rows <= w.1).unwrap_or(&WIDTHS[3]);
+                        (format!("linear_{}_{tiles}", type_name(dtype)), at_once)
+                    }
+                };
+                let matrix = Matrix {
+                    weights: device_weights.address(),
+                    bias: device_bias.address(),
+                    out: out.address(),
+                    n_out: n_out as u32,
+                    unused: 0,
+                };
+                let params = LinearParams {
+                    x: made.act,
+                    matrices: [matrix, Matrix::default(), Matrix::default()],
+                    n_matrices: 1,
+                    n_in: n_in as u32,
+                    rows: rows as u32,
+                    unused: 0,
+                };
+                let blocks = (n_out.div_ceil(STRIP), rows.div_ceil(at_once), 1);
+                b.launch(&name, Grid { blocks, threads: THREADS, shared: 0 }, &params);
+                let found = b.download(&out);
+                let mut w = vec![0.0; n_in];
+                for o in 0..n_out {
+                    dequantize_row(dtype, &bytes[o * row_bytes..][..row_bytes], &mut w);
+                    for row in 0..rows {
+                        let x = &x[row * n_in..][..n_in];
+                        let products = x.iter().zip(&w).map(|(x, w)| f64::from(*x) * f64::from(*w));
+                        let (sum, size) = products.fold((0.0, 0.0), |(s, a), p| (s + p, a + p.abs()));
+                        let expected = sum + f64::from(bias[o]);
+                        // Relative to the products' size: 2^-17 for two bf16 parts, 2^-9 for one.
+                        let bound = match (dtype, rows) {
+                            (DType::F32, _) => 2e-6,
+                            (_, ..=16) => 2e-5,
+                            _ => 4e-3,
+                        } * (size + expected.abs());
+                        let difference = (f64::from(found[row * n_out + o]) - expected).abs();
+                        assert!(
+                            difference <= bound,
+                            "{dtype} ({n_out}, {n_in}), row {row} of {rows}, output {o}: {} for {expected}",
+                            found[row * n_out + o]
+                        );
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+#[ignore = "needs a GPU or the emulator: tests/cuda/run.sh"]
+fn residuals_and_norms() {
+    let b = bench();
+    for n in [1, 31, 64, 100, 300] {
+        let rows = 5;
+        let (x, add, norm, add_norm) = (noise(rows * n, 1), noise(3 * n, 2), noise(n, 3), noise(n, 4));
+        let gather = [4u32, 0, 2];
+        let (dx, dadd, dnorm, dadd_norm) = (b.upload(&x), b.upload(&add), b.upload(&norm), b.upload(&add_norm));
+        let (dgather, out, normed) = (b.upload(&gather), b.upload(&vec![0f32; 3 * n]), b.upload(&vec![0f32; 3 * n]));
+        for after in [false, true] {
+            let params = ResidualParams {
+                x_in: dx.address(),
+                gather: dgather.address(),
+                add: dadd.address(),
+                add_norm: if after { dadd_norm.address() } else { 0 },
+                x_out: out.address(),
+                norm: dnorm.address(),
+                normed: normed.address(),
+                rows: 3,
+                n: n as u32,
+                eps: 1e-5,
+                ..ResidualParams::default()
+            };
+            b.launch("residual_norm", Grid { blocks: (3, 1, 1), threads: THREADS, shared: n * 4 }, &params);
+            let (out, normed) = (b.download(&out), b.download(&normed));
+            let scale = |x: &[f64]| 1.0 / (x.iter().map(|x| x * x).sum::<f64>() / n as f64 + 1e-5).sqrt();
+            let wide = |x: &[f32]| x.iter().map(|&x| f64::from(x)).collect::<Vec<f64>>();
+            for row in 0..3 {
+                let mut added = wide(&add[row * n..][..n]);
+                if after {
+                    let scale = scale(&added);
+                    added.iter_mut().zip(&add_norm).for_each(|(a, w)| *a *= scale * f64::from(*w));
+                }
+                let x = wide(&x[gather[row] as usize * n..][..n]);
+                let y: Vec<f64> = x.iter().zip(&added).map(|(x, a)| x + a).collect();
+                let scale = scale(&y);
+                for i in 0..n {
+                    let z = y[i] * scale * f64::from(norm[i]);
+                    assert!((f64::from(out[row * n + i]) - y[i]).abs() < 1e-5 * (1.0 + y[i].abs()), "{n} {after} {row} {i}");
+                    assert!((f64::from(normed[row * n + i]) - z).abs() < 1e-5 * (1.0 + z.abs()), "{n} {after} {row} {i}");
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,476 @@
+// libcuda.so.1 for machines without a GPU: what src/backend/cuda calls of the driver, with kernels run by emulated.h.
+//
+// It is strict where a GPU is merely fast: a stream's work is done when somebody waits for it and not before, every allocation begins
+// as garbage and ends at a page that nobody may touch, what must not happen during a capture is refused. Settings, read at each use:
+//   PHD_EMULATOR_DEVICES  0: there is none           PHD_EMULATOR_MEMORY  bytes of device memory (1 GiB)
+//   PHD_EMULATOR_FAIL     NAME:N, the N-th call of that function fails   PHD_EMULATOR_SEED  of the order of threads
+#include <algorithm>
+#include <csetjmp>
+#include <csignal>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <dlfcn.h>
+#include <fcntl.h>
+#include <functional>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <sys/mman.h>
+#include <unistd.h>
+#include <vector>
+
+#define API extern "C" __attribute__((visibility("default"))) int
+
+namespace {
+
+// Of CUresult.
+constexpr int OK = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, NO_DEVICE = 100, INVALID_DEVICE = 101, INVALID_IMAGE = 200,
+              INVALID_CONTEXT = 201, NOT_FOUND = 500, ILLEGAL_ADDRESS = 700, LAUNCH_FAILED = 719, CAPTURE_UNSUPPORTED = 900,
+              CAPTURE_INVALIDATED = 901, UNKNOWN = 999;
+
+using Work = std::function<int()>;
+
+struct Graph {
+    std::vector<Work> work;
+    bool is_spoilt = false;
+};
+
+struct Stream {
+    std::deque<Work> work;
+    std::shared_ptr<Graph> capture;
+};
+
+struct Event {
+    Stream* stream = nullptr;
+    uint64_t recorded = 0, passed = 0;
+};
+
+struct Module {
+    void* library;
+};
+
+struct Function {
+    Module* module;
+    void (*body)(void**);
+    const uint32_t* facts; // threads at most, bytes of the parameters
+    int max_dynamic = 48 << 10;
+};
+
+std::recursive_mutex lock;
+std::map<uint64_t, std::pair<size_t, size_t>> allocations; // address: (bytes, bytes before it in its mapping)
+size_t used = 0;
+int broken = OK; // after a failed kernel the context is of no more use
+thread_local std::vector<void*> contexts;
+thread_local Stream* capturing = nullptr;
+int the_context;
+
+size_t setting(const char* name, size_t otherwise) {
+    const char* value = getenv(name);
+    return value ? strtoull(value, nullptr, 10) : otherwise;
+}
+
+// Whether this call of `name` is the one that is to fail.
+bool is_to_fail(const char* name) {
+    static std::map<std::string, size_t> calls;
+    const size_t n = ++calls[name];
+    const char* wanted = getenv("PHD_EMULATOR_FAIL");
+    const size_t length = strlen(name);
+    return wanted && !strncmp(wanted, name, length) && wanted[length] == ':' && strtoull(wanted + length + 1, nullptr, 10) == n;
+}
+
+#define BEGIN                                            \
+    std::lock_guard<std::recursive_mutex> guard(lock);   \
+    if (is_to_fail(__func__)) return UNKNOWN;
+#define BEGIN_IN_CONTEXT                                 \
+    BEGIN                                                \
+    if (contexts.empty()) return INVALID_CONTEXT;        \
+    if (broken) return broken;
+// What would wait for, or change, the device while this thread captures.
+#define NOT_WHILE_CAPTURING                              \
+    if (capturing) {                                     \
+        capturing->capture->is_spoilt = true;            \
+        return CAPTURE_UNSUPPORTED;                      \
+    }
+
+int queue(void* stream, Work work) {
+    Stream* s = static_cast<Stream*>(stream);
+    if (!s) return INVALID_VALUE; // the default stream is not used
+    if (s->capture) {
+        s->capture->work.push_back(std::move(work));
+    } else {
+        s->work.push_back(std::move(work));
+    }
+    return OK;
+}
+
+// Does a stream's work until `is_enough`.
+int drain(Stream* s, const std::function<bool()>& is_enough) {
+    while (!s->work.empty() && !is_enough()) {
+        Work work = std::move(s->work.front());
+        s->work.pop_front();
+        if (int e = broken ? broken : work()) return broken = e;
+    }
+    return broken;
+}
+
+bool is_within(uint64_t address, size_t bytes) {
+    auto next = allocations.upper_bound(address);
+    if (next == allocations.begin()) return false;
+    auto& [begin, size] = *std::prev(next);
+    return address + bytes <= begin + size.first;
+}
+
+// A kernel that touches a guard page comes back here.
+sigjmp_buf back;
+void on_fault(int) {
+    siglongjmp(back, 1);
+}
+
+int run_kernel(Function* f, const uint32_t grid[3], uint32_t threads, uint32_t dynamic, void* parameters) {
+    using Launch = const char* (*)(void (*)(void**), const uint32_t*, uint32_t, size_t, void**, uint64_t);
+    Launch launch = reinterpret_cast<Launch>(dlsym(f->module->library, "emulator_launch"));
+    static uint64_t seed = setting("PHD_EMULATOR_SEED", 1);
+    // Fibers' stacks are small; the handler has its own.
+    static std::vector<char> handler_stack(64 << 10);
+    stack_t stack = {}, old_stack;
+    stack.ss_sp = handler_stack.data();
+    stack.ss_size = handler_stack.size();
+    struct sigaction action = {}, old_segv, old_bus;
+    action.sa_handler = on_fault;
+    action.sa_flags = SA_ONSTACK;
+    sigaltstack(&stack, &old_stack);
+    sigaction(SIGSEGV, &action, &old_segv);
+    sigaction(SIGBUS, &action, &old_bus);
+    void* arguments[] = {parameters};
+    int status = OK;
+    const char* error = nullptr;
+    if (sigsetjmp(back, 1) == 0) {
+        error = launch(f->body, grid, threads, dynamic, arguments, seed++);
+    } else {
+        status = ILLEGAL_ADDRESS;
+    }
+    sigaction(SIGSEGV, &old_segv, nullptr);
+    sigaction(SIGBUS, &old_bus, nullptr);
+    sigaltstack(&old_stack, nullptr);
+    if (error || status) {
+        Dl_info info;
+        const char* name = dladdr(reinterpret_cast<void*>(f->body), &info) && info.dli_sname ? info.dli_sname : "a kernel";
+        fprintf(stderr, "emulator: %s: %s\n", name, error ? error : "touches memory that is not its own");
+        return status ? status : LAUNCH_FAILED;
+    }
+    return OK;
+}
+
+size_t page() {
+    return sysconf(_SC_PAGESIZE);
+}
+
+} // namespace
+
+// ---------------------------------------------------------------- devices, contexts
+
+API cuInit(unsigned) {
+    BEGIN
+    return setting("PHD_EMULATOR_DEVICES", 1) ? OK : NO_DEVICE;
+}
+API cuDriverGetVersion(int* version) {
+    BEGIN
+    *version = 13000;
+    return OK;
+}
+API cuDeviceGetCount(int* n) {
+    BEGIN
+    *n = setting("PHD_EMULATOR_DEVICES", 1);
+    return OK;
+}
+API cuDeviceGet(int* device, int ordinal) {
+    BEGIN
+    *device = ordinal;
+    return ordinal == 0 ? OK : INVALID_DEVICE;
+}
+API cuDeviceGetName(char* name, int length, int) {
+    BEGIN
+    snprintf(name, length, "emulated");
+    return OK;
+}
+API cuDeviceGetAttribute(int* value, int attribute, int) {
+    BEGIN
+    switch (attribute) {
+        case 16: *value = 4; return OK;          // multiprocessors
+        case 75: *value = 9; return OK;          // compute capability, major
+        case 76: *value = 0; return OK;          // and minor
+        case 97: *value = 227 << 10; return OK;  // shared memory of a block that asks for it
+        default: return INVALID_VALUE;
+    }
+}
+API cuDevicePrimaryCtxRetain(void** context, int) {
+    BEGIN
+    *context = &the_context;
+    return OK;
+}
+API cuDevicePrimaryCtxRelease_v2(int) {
+    BEGIN
+    return OK;
+}
+API cuCtxPushCurrent_v2(void* context) {
+    BEGIN
+    contexts.push_back(context);
+    return OK;
+}
+API cuCtxPopCurrent_v2(void** context) {
+    BEGIN
+    if (contexts.empty()) return INVALID_CONTEXT;
+    *context = contexts.back();
+    contexts.pop_back();
+    return OK;
+}
+
+// ---------------------------------------------------------------- memory
+
+API cuMemGetInfo_v2(size_t* available, size_t* total) {
+    BEGIN_IN_CONTEXT
+    *total = setting("PHD_EMULATOR_MEMORY", 1 << 30);
+    *available = *total > used ? *total - used : 0;
+    return OK;
+}
+API cuMemAlloc_v2(uint64_t* address, size_t bytes) {
+    BEGIN_IN_CONTEXT
+    NOT_WHILE_CAPTURING
+    if (!bytes) return INVALID_VALUE;
+    if (bytes > setting("PHD_EMULATOR_MEMORY", 1 << 30) - std::min(used, setting("PHD_EMULATOR_MEMORY", 1 << 30))) {
+        return OUT_OF_MEMORY;
+    }
+    // Its end, rounded up to 16 bytes, is the end of a page.
+    const size_t rounded = (bytes + 15) / 16 * 16, mapped = (rounded + page() - 1) / page() * page();
+    void* memory = mmap(nullptr, mapped + page(), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (memory == MAP_FAILED) return OUT_OF_MEMORY;
+    mprotect(static_cast<char*>(memory) + mapped, page(), PROT_NONE);
+    memset(memory, 0xff, mapped);
+    *address = reinterpret_cast<uint64_t>(memory) + mapped - rounded;
+    allocations[*address] = {bytes, mapped - rounded};
+    used += bytes;
+    return OK;
+}
+API cuMemFree_v2(uint64_t address) {
+    BEGIN
+    NOT_WHILE_CAPTURING
+    auto found = allocations.find(address);
+    if (found == allocations.end()) return INVALID_VALUE;
+    const auto [bytes, before] = found->second;
+    const size_t mapped = before + (bytes + 15) / 16 * 16 + page();
+    // The addresses are never used again.
+    mmap(reinterpret_cast<void*>(address - before), mapped, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | MAP_NORESERVE, -1, 0);
+    used -= bytes;
+    allocations.erase(found);
+    return OK;
+}
+API cuMemHostAlloc(void** memory, size_t bytes, unsigned) {
+    BEGIN_IN_CONTEXT
+    NOT_WHILE_CAPTURING
+    *memory = bytes < (1ull << 40) ? aligned_alloc(page(), (bytes + page() - 1) / page() * page()) : nullptr;
+    if (!*memory) return OUT_OF_MEMORY;
+    memset(*memory, 0xff, bytes);
+    return OK;
+}
+API cuMemFreeHost(void* memory) {
+    BEGIN
+    free(memory);
+    return OK;
+}
+API cuMemsetD8_v2(uint64_t address, unsigned char value, size_t bytes) {
+    BEGIN_IN_CONTEXT
+    NOT_WHILE_CAPTURING
+    if (!is_within(address, bytes)) return INVALID_VALUE;
+    memset(reinterpret_cast<void*>(address), value, bytes);
+    return OK;
+}
+API cuMemcpyHtoDAsync_v2(uint64_t to, const void* from, size_t bytes, void* stream) {
+    BEGIN_IN_CONTEXT
+    if (!is_within(to, bytes)) return INVALID_VALUE;
+    return queue(stream, [=] { return memcpy(reinterpret_cast<void*>(to), from, bytes), OK; });
+}
+API cuMemcpyDtoHAsync_v2(void* to, uint64_t from, size_t bytes, void* stream) {
+    BEGIN_IN_CONTEXT
+    if (!is_within(from, bytes)) return INVALID_VALUE;
+    return queue(stream, [=] { return memcpy(to, reinterpret_cast<void*>(from), bytes), OK; });
+}
+API cuMemcpyDtoDAsync_v2(uint64_t to, uint64_t from, size_t bytes, void* stream) {
+    BEGIN_IN_CONTEXT
+    const bool overlap = to < from + bytes && from < to + bytes;
+    if (!is_within(to, bytes) || !is_within(from, bytes) || overlap) return INVALID_VALUE;
+    return queue(stream, [=] { return memcpy(reinterpret_cast<void*>(to), reinterpret_cast<void*>(from), bytes), OK; });
+}
+
+// ---------------------------------------------------------------- streams, events, graphs
+
+API cuStreamCreate(void** stream, unsigned) {
+    BEGIN_IN_CONTEXT
+    NOT_WHILE_CAPTURING
+    *stream = new Stream;
+    return OK;
+}
+API cuStreamDestroy_v2(void* stream) {
+    BEGIN
+    drain(static_cast<Stream*>(stream), [] { return false; });
+    delete static_cast<Stream*>(stream);
+    return OK;
+}
+API cuStreamSynchronize(void* stream) {
+    BEGIN_IN_CONTEXT
+    NOT_WHILE_CAPTURING
+    return drain(static_cast<Stream*>(stream), [] { return false; });
+}
+API cuStreamBeginCapture_v2(void* stream, int) {
+    BEGIN_IN_CONTEXT
+    Stream* s = static_cast<Stream*>(stream);
+    if (s->capture || capturing) return INVALID_VALUE;
+    s->capture = std::make_shared<Graph>();
+    capturing = s;
+    return OK;
+}
+API cuStreamEndCapture(void* stream, void** graph) {
+    BEGIN
+    Stream* s = static_cast<Stream*>(stream);
+    std::shared_ptr<Graph> captured = std::move(s->capture);
+    s->capture = nullptr;
+    capturing = nullptr;
+    if (!captured) return INVALID_VALUE;
+    if (captured->is_spoilt) return CAPTURE_INVALIDATED;
+    *graph = new Graph(*captured);
+    return OK;
+}
+API cuEventCreate(void** event, unsigned) {
+    BEGIN_IN_CONTEXT
+    *event = new Event;
+    return OK;
+}
+API cuEventRecord(void* event, void* stream) {
+    BEGIN_IN_CONTEXT
+    NOT_WHILE_CAPTURING // it would become a part of the graph, which nobody here wants
+    Event* e = static_cast<Event*>(event);
+    e->stream = static_cast<Stream*>(stream);
+    const uint64_t number = ++e->recorded;
+    return queue(stream, [=] { return e->passed = number, OK; });
+}
+API cuEventSynchronize(void* event) {
+    BEGIN_IN_CONTEXT
+    NOT_WHILE_CAPTURING
+    Event* e = static_cast<Event*>(event);
+    return e->stream ? drain(e->stream, [=] { return e->passed >= e->recorded; }) : OK;
+}
+API cuEventDestroy_v2(void* event) {
+    BEGIN
+    Event* e = static_cast<Event*>(event);
+    if (e->stream && e->passed < e->recorded) drain(e->stream, [=] { return e->passed >= e->recorded; });
+    delete e;
+    return OK;
+}
+API cuGraphInstantiateWithFlags(void** executable, void* graph, uint64_t) {
+    BEGIN_IN_CONTEXT
+    *executable = new Graph(*static_cast<Graph*>(graph));
+    return OK;
+}
+API cuGraphLaunch(void* executable, void* stream) {
+    BEGIN_IN_CONTEXT
+    for (const Work& work : static_cast<Graph*>(executable)->work) queue(stream, work);
+    return OK;
+}
+API cuGraphExecDestroy(void* executable) {
+    BEGIN
+    delete static_cast<Graph*>(executable);
+    return OK;
+}
+API cuGraphDestroy(void* graph) {
+    BEGIN
+    delete static_cast<Graph*>(graph);
+    return OK;
+}
+
+// ---------------------------------------------------------------- modules, kernels
+
+// An image is what nvrtc.cpp returns: a shared library's bytes, after their number.
+API cuModuleLoadData(void** module, const void* image) {
+    BEGIN_IN_CONTEXT
+    NOT_WHILE_CAPTURING
+    const char* bytes = static_cast<const char*>(image);
+    if (memcmp(bytes, "EMULATED", 8)) return INVALID_IMAGE;
+    uint64_t n;
+    memcpy(&n, bytes + 8, 8);
+    char path[] = "/tmp/phd-emulator-XXXXXX";
+    const int file = mkstemp(path);
+    if (file < 0) return UNKNOWN;
+    const bool is_written = write(file, bytes + 16, n) == static_cast<ssize_t>(n);
+    close(file);
+    void* library = is_written ? dlopen(path, RTLD_NOW | RTLD_LOCAL) : nullptr;
+    if (!library) fprintf(stderr, "emulator: %s\n", dlerror());
+    unlink(path);
+    if (!library) return INVALID_IMAGE;
+    *module = new Module{library};
+    return OK;
+}
+API cuModuleUnload(void* module) {
+    BEGIN
+    dlclose(static_cast<Module*>(module)->library);
+    delete static_cast<Module*>(module);
+    return OK;
+}
+API cuModuleGetFunction(void** function, void* module, const char* name) {
+    BEGIN_IN_CONTEXT
+    Module* m = static_cast<Module*>(module);
+    void* body = dlsym(m->library, (std::string(name) + "_emulated").c_str());
+    const void* facts = dlsym(m->library, (std::string(name) + "_facts").c_str());
+    if (!body || !facts) return NOT_FOUND;
+    *function = new Function{m, reinterpret_cast<void (*)(void**)>(body), static_cast<const uint32_t*>(facts)};
+    return OK;
+}
+API cuFuncSetAttribute(void* function, int attribute, int value) {
+    BEGIN_IN_CONTEXT
+    if (attribute != 8 || value > 227 << 10) return INVALID_VALUE; // the largest dynamic shared memory
+    static_cast<Function*>(function)->max_dynamic = value;
+    return OK;
+}
+API cuLaunchKernel(void* function, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned threads_y, unsigned threads_z,
+                   unsigned dynamic, void* stream, void** arguments, void** extra) {
+    BEGIN_IN_CONTEXT
+    Function* f = static_cast<Function*>(function);
+    const bool is_grid = x && y && z && y < 65536 && z < 65536 && threads_y == 1 && threads_z == 1 && !extra;
+    if (!is_grid || threads > f->facts[0] || dynamic > static_cast<unsigned>(f->max_dynamic)) return INVALID_VALUE;
+    // As the driver, it copies the parameters now.
+    const uint64_t* from = static_cast<const uint64_t*>(arguments[0]);
+    auto parameters = std::make_shared<std::vector<uint64_t>>(from, from + f->facts[1] / 8);
+    return queue(stream, [=] {
+        const uint32_t grid[3] = {x, y, z};
+        return run_kernel(f, grid, threads, dynamic, parameters->data());
+    });
+}
+
+// ---------------------------------------------------------------- errors
+
+API cuGetErrorName(int error, const char** name) {
+    static const std::map<int, const char*> names = {
+        {OK, "CUDA_SUCCESS"},
+        {INVALID_VALUE, "CUDA_ERROR_INVALID_VALUE"},
+        {OUT_OF_MEMORY, "CUDA_ERROR_OUT_OF_MEMORY"},
+        {NO_DEVICE, "CUDA_ERROR_NO_DEVICE"},
+        {INVALID_DEVICE, "CUDA_ERROR_INVALID_DEVICE"},
+        {INVALID_IMAGE, "CUDA_ERROR_INVALID_IMAGE"},
+        {INVALID_CONTEXT, "CUDA_ERROR_INVALID_CONTEXT"},
+        {NOT_FOUND, "CUDA_ERROR_NOT_FOUND"},
+        {ILLEGAL_ADDRESS, "CUDA_ERROR_ILLEGAL_ADDRESS"},
+        {LAUNCH_FAILED, "CUDA_ERROR_LAUNCH_FAILED"},
+        {CAPTURE_UNSUPPORTED, "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED"},
+        {CAPTURE_INVALIDATED, "CUDA_ERROR_STREAM_CAPTURE_INVALIDATED"},
+    };
+    auto found = names.find(error);
+    *name = found == names.end() ? "CUDA_ERROR_UNKNOWN" : found->second;
+    return OK;
+}
+API cuGetErrorString(int error, const char** text) {
+    cuGetErrorName(error, text);
+    *text = "as the emulator sees it";
+    return OK;
+}
