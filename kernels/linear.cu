@@ -1,11 +1,12 @@
-// Linear layers with few rows, embeddings, and weights converted for a GEMM library. src/backend/cuda/pack.rs describes the
-// layouts of weights.
+// Linear layers with few rows, embeddings, and weights converted for a GEMM library. src/backend/cuda/pack.rs
+// describes the layouts of weights.
 //
-// Decoding reads each weight once for a few rows, so these kernels are made to keep memory busy: weights go straight from
-// memory into the registers of the lanes that multiply them, as operand A of m16n8k16 products (16 outputs, 16 inputs); the
-// activations are operand B (16 inputs, 8 columns). The lane (g, t) = (lane / 4, lane % 4) has the outputs g and g + 8 of a
-// strip and a quarter of the inputs. Which inputs a product sums up does not matter as long as both operands agree: of a
-// unit of 32 inputs lane t takes 8t .. 8t + 7, which are 16 contiguous bytes of the activations.
+// Decoding reads each weight once for a few rows, so these kernels are made to keep memory busy: weights go straight
+// from memory into the registers of the lanes that multiply them, as operand A of m16n8k16 products (16 outputs, 16
+// inputs); the activations are operand B (16 inputs, 8 columns). The lane (g, t) = (lane / 4, lane % 4) has the
+// outputs g and g + 8 of a strip and a quarter of the inputs. Which inputs a product sums up does not matter as long
+// as both operands agree: of a unit of 32 inputs lane t takes 8t .. 8t + 7, which are 16 contiguous bytes of the
+// activations.
 namespace linear {
 
 constexpr u32 WARPS = 8;
@@ -147,8 +148,8 @@ DEVICE void load(Q6_K& c, const u8* strip, u32 i, u32, u32 lane) {
     c.d.x = *(const u32*)(block + 4 * (512 + 256 + 64) + lane / 4 * 4);
 }
 
-// unpack(): a lane's part of a unit of the chunk. Small integers become bf16 values without conversions: 0x4300 is 128, whose
-// last bit counts 1, so that bits below 128 can be put in; -128 is added again, which is exact.
+// unpack(): a lane's part of a unit of the chunk. Small integers become bf16 values without conversions: 0x4300 is
+// 128, whose last bit counts 1, so that bits below 128 can be put in; -128 is added again, which is exact.
 
 // 0xc300 is -128; a type's offset comes on top of it.
 DEVICE void unpack_nibbles(u32 q, u32 bias, u32 (&pairs)[4]) {
@@ -280,9 +281,9 @@ DEVICE Matrix find_strip(const LinearParams& p, u32& strip) {
     return p.matrices[i];
 }
 
-// Of one strip and a group of TILES * 8 rows: all 8 warps take chunks in turn and add up in the end, always in one order.
-// PARTS: of an activation, 2 or 1 (hi alone). If SHARED_TILE, there are 4 rows whose hi parts are the columns 0 .. 3 of the one
-// tile, and the lo parts its columns 4 .. 7. No column depends on another.
+// Of one strip and a group of TILES * 8 rows: all 8 warps take chunks in turn and add up in the end, always in one
+// order. PARTS: of an activation, 2 or 1 (hi alone). If SHARED_TILE, there are 4 rows whose hi parts are the columns
+// 0 .. 3 of the one tile, and the lo parts its columns 4 .. 7. No column depends on another.
 template <class T, u32 TILES, u32 PARTS, bool SHARED_TILE>
 DEVICE void multiply(const LinearParams& p) {
     constexpr u32 AHEAD = TILES > 1 ? 2 : 4; // chunks of each warp that are being loaded
@@ -331,7 +332,7 @@ DEVICE void multiply(const LinearParams& p) {
                     for (u32 part = 0; part < PARTS; part++) {
                         uint4 v = {0, 0, 0, 0};
                         if (tile * 8 + column < rows) {
-                            v = load_x<T::GROUPS>(x[part] + (tile * 8 * stride + unit * UNIT), t);
+                            v = load_x<T::GROUPS>((x[part] + unit * UNIT) + tile * 8 * stride, t);
                         }
 #pragma unroll
                         for (u32 i = 0; i < T::PARTS; i++) {
@@ -350,7 +351,7 @@ DEVICE void multiply(const LinearParams& p) {
 #pragma unroll
                         for (u32 i = 0; i < 2; i++) {
                             if (!has_sums || tile * 8 + 2 * t + i >= rows) continue;
-                            const float of_x = sums[(tile * 8 + i) * (stride / UNIT) + unit];
+                            const float of_x = (sums + unit)[(tile * 8 + i) * (stride / UNIT)];
                             sum[tile][i] = fmaf(-s.minimum[0], of_x, sum[tile][i]);
                             sum[tile][i + 2] = fmaf(-s.minimum[1], of_x, sum[tile][i + 2]);
                         }
@@ -505,7 +506,8 @@ DEVICE void dequantize(const DequantizeParams& p) {
 
 } // namespace linear
 
-// The number in the name: columns of activations in tiles of 8, which make 4, 8, 16 and 64 rows. Grid: see LinearParams.
+// The number in the name: columns of activations in tiles of 8, which make 4, 8, 16 and 64 rows. Grid: see
+// LinearParams.
 #define LINEAR_KERNELS(name, T)                                                                              \
     KERNEL(linear_##name##_1, LinearParams, 256) { linear::multiply<linear::T, 1, 1, true>(p); }             \
     KERNEL(linear_##name##_2, LinearParams, 256) { linear::multiply<linear::T, 1, 2, false>(p); }            \

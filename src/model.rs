@@ -190,7 +190,8 @@ impl Model {
         let desc = describe(&hyper, &checkpoint)?;
         let hyper = Arc::new(hyper);
         let weights_hash = hash_weights(&checkpoint);
-        let backend = backend::prepare(hyper.clone(), weights, options.backend, options.device, &mut |f| report(0.3 + 0.7 * f))?;
+        let backend =
+            backend::prepare(hyper.clone(), weights, options.backend, options.device, &mut |f| report(0.3 + 0.7 * f))?;
         report(1.0)?;
         log::info!(
             "{}: {}, {} layers of {}, {} copies, on {}",

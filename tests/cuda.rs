@@ -14,7 +14,7 @@ use phd::session::{CacheType, Session, SessionOptions};
 /// `phd run` on the demo model with a backend and an environment.
 fn run(backend: &str, environment: &[(&str, &str)]) -> Output {
     let model = demo_model();
-    let arguments = ["run", model.to_str().unwrap(), "-p", "In the beginning", "-n", "8", "--temperature", "0", "--backend"];
+    let arguments = ["run", model.to_str().unwrap(), "-p", "In the beginning", "-n", "8", "--temp", "0", "--backend"];
     let mut program = Command::new(env!("CARGO_BIN_EXE_phd"));
     program.args(arguments).arg(backend).envs(environment.iter().copied()).output().unwrap()
 }

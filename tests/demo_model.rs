@@ -1,20 +1,27 @@
-//! The trained checkpoint in `models/` against what the float64 reference says of it (`expected.json`).
+//! The trained checkpoints in `models/` against what the float64 reference says of it (`expected.json`).
 
 mod common;
 
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use common::{argmax, demo_model};
+use common::{argmax, root};
 use phd::model::{LoadOptions, Model};
 use phd::session::{CacheType, Session, SessionOptions};
 use serde_json::Value as Json;
 
-fn expected() -> Json {
-    serde_json::from_slice(&std::fs::read(demo_model().join("expected.json")).unwrap()).unwrap()
+fn models() -> Vec<PathBuf> {
+    let folders: Vec<PathBuf> = std::fs::read_dir(root().join("models")).unwrap().map(|e| e.unwrap().path()).collect();
+    assert!(folders.len() >= 2);
+    folders
 }
 
-fn load(rules: Option<(usize, usize, usize)>) -> Arc<Model> {
-    Arc::new(Model::load(&demo_model(), LoadOptions { rules, ..Default::default() }).unwrap())
+fn expected(model: &Path) -> Json {
+    serde_json::from_slice(&std::fs::read(model.join("expected.json")).unwrap()).unwrap()
+}
+
+fn load(model: &Path, rules: Option<(usize, usize, usize)>) -> Arc<Model> {
+    Arc::new(Model::load(model, LoadOptions { rules, ..Default::default() }).unwrap())
 }
 
 fn ints(json: &Json) -> Vec<i32> {
@@ -22,10 +29,10 @@ fn ints(json: &Json) -> Vec<i32> {
 }
 
 /// Mean negative log-likelihood over the held-out text, in windows from an empty cache.
-fn held_out_loss(model: Arc<Model>, cache_type: CacheType) -> f64 {
-    let expected = expected();
+fn held_out_loss(folder: &Path, rules: Option<(usize, usize, usize)>, cache_type: CacheType) -> f64 {
+    let (expected, model) = (expected(folder), load(folder, rules));
     let window = expected["window"].as_u64().unwrap() as usize;
-    let text = std::fs::read(demo_model().join("held_out.txt")).unwrap();
+    let text = std::fs::read(folder.join("held_out.txt")).unwrap();
     let tokens: Vec<i32> =
         model.tokenizer().unwrap().encode(&text, false, false).unwrap().into_iter().map(|t| t as i32).collect();
     assert_eq!(tokens.len() as u64, expected["tokens"].as_u64().unwrap());
@@ -43,22 +50,30 @@ fn held_out_loss(model: Arc<Model>, cache_type: CacheType) -> f64 {
 
 #[test]
 fn held_out_loss_is_the_reference_s() {
-    let expected = expected();
-    let (phd, vanilla) =
-        (expected["mean_nll"].as_f64().unwrap(), expected["mean_nll_if_run_as_vanilla"].as_f64().unwrap());
-    let found = held_out_loss(load(None), CacheType::F32);
-    assert!((found - phd).abs() < 1e-3, "{found}, expected {phd}");
-    let found = held_out_loss(load(None), CacheType::F16);
-    assert!((found - phd).abs() < 1e-3, "f16 cache: {found}, expected {phd}");
-    let found = held_out_loss(load(Some((1, 0, 0))), CacheType::F32);
-    assert!((found - vanilla).abs() < 1e-3, "K = 1: {found}, expected {vanilla}");
+    for folder in models() {
+        let expected = expected(&folder);
+        let of = |name: &str| expected[name].as_f64().unwrap();
+        for (rules, cache_type, expected) in [
+            (None, CacheType::F32, of("mean_nll")),
+            (None, CacheType::F16, of("mean_nll")),
+            (Some((1, 0, 0)), CacheType::F32, of("mean_nll_if_run_as_vanilla")),
+        ] {
+            let found = held_out_loss(&folder, rules, cache_type);
+            let what = folder.display();
+            assert!((found - expected).abs() < 1e-3, "{what} {rules:?} {cache_type:?}: {found}, expected {expected}");
+        }
+    }
 }
 
 #[test]
 fn prompts_tokenize_and_continue_as_the_reference_s() {
-    let model = load(None);
+    models().iter().for_each(|folder| continues_as_the_reference(folder));
+}
+
+fn continues_as_the_reference(folder: &Path) {
+    let model = load(folder, None);
     let tokenizer = model.tokenizer().unwrap();
-    for case in expected()["greedy"].as_array().unwrap() {
+    for case in expected(folder)["greedy"].as_array().unwrap() {
         let prompt = case["prompt"].as_str().unwrap();
         let tokens: Vec<i32> =
             tokenizer.encode(prompt.as_bytes(), false, false).unwrap().into_iter().map(|t| t as i32).collect();

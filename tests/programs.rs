@@ -11,7 +11,7 @@ use std::collections::HashMap;
 use std::path::Path;
 use std::sync::Arc;
 
-use common::{difference, golden, load, one_layer};
+use common::{difference, golden, load, one_layer, rounding};
 use phd::model::{BackendKind, Model};
 use phd::session::{BatchEntry, CacheType, Logits, Policy, Pooling, Session, SessionOptions, WhenFull};
 use phd::{Error, Result};
@@ -148,7 +148,7 @@ impl<'a> Program<'a> {
 
     fn close(&self, found: &[f32], text: &[i32], what: &str) {
         let d = difference(found, &self.oracle.logits(text));
-        assert!(d < 2e-5, "{what}: logits after {text:?} differ by {d:e}");
+        assert!(d < rounding(), "{what}: logits after {text:?} differ by {d:e}");
     }
 
     /// After each operation.

@@ -5,7 +5,7 @@ mod allocations;
 mod common;
 
 use allocations::COUNT;
-use common::{Golden, demo_model, difference, golden, load};
+use common::{Golden, demo_model, difference, golden, load, on_cuda, rounding};
 use phd::Error;
 use phd::model::{BackendKind, LoadOptions, Model};
 use phd::session::{BatchEntry, CacheType, Logits, Policy, Session, SessionOptions, WhenFull};
@@ -88,13 +88,13 @@ fn a_cancelled_call_changes_nothing() {
             assert!(matches!(s.prefill(0, &g.tokens[cut..]), Err(Error::Cancelled)), "{}", g.name);
             s.set_progress(None);
             assert_eq!(s.len(0).unwrap(), cut);
-            assert!(difference(s.logits(0).unwrap(), &g.logits[cut - 1]) < 2e-5, "{}: logits before", g.name);
+            assert!(difference(s.logits(0).unwrap(), &g.logits[cut - 1]) < rounding(), "{}: logits before", g.name);
             assert!(
                 matches!(s.prefill(0, &vec![1; n]), Err(Error::CacheFull { needed, free }) if needed == n && free == n - cut)
             );
             for i in cut..n {
                 s.step(0, g.tokens[i]).unwrap();
-                assert!(difference(s.logits(0).unwrap(), &g.logits[i]) < 2e-5, "{}: position {i} after", g.name);
+                assert!(difference(s.logits(0).unwrap(), &g.logits[i]) < rounding(), "{}: position {i} after", g.name);
             }
         }
     }
@@ -121,6 +121,7 @@ fn another_thread_cancels() {
                 assert!(matches!(s.step(0, 1), Err(Error::Cancelled)));
                 s.truncate(0, 100).unwrap();
             }
+            Err(Error::Cancelled) if on_cuda() => assert!(difference(s.logits(0).unwrap(), &before) < rounding()),
             Err(Error::Cancelled) => assert_eq!(s.logits(0).unwrap(), before),
             Err(e) => panic!("{e}"),
         }
@@ -128,6 +129,6 @@ fn another_thread_cancels() {
         s.prefill(0, &tokens[100..110]).unwrap();
         s.truncate(0, 99).unwrap();
         s.step(0, tokens[99]).unwrap();
-        assert!(difference(s.logits(0).unwrap(), &before) < 1e-5);
+        assert!(difference(s.logits(0).unwrap(), &before) < rounding());
     }
 }

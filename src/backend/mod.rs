@@ -156,11 +156,6 @@ fn prepare_cuda(
 }
 
 #[cfg(not(feature = "cuda"))]
-fn prepare_cuda(
-    _: Arc<Hyper>,
-    _: &Weights,
-    _: i32,
-    _: &mut dyn FnMut(f32) -> Result<()>,
-) -> Result<Arc<dyn Backend>> {
+fn prepare_cuda(_: Arc<Hyper>, _: &Weights, _: i32, _: &mut dyn FnMut(f32) -> Result<()>) -> Result<Arc<dyn Backend>> {
     Err(unsupported!("the CUDA backend is not part of this build"))
 }

@@ -72,6 +72,12 @@ pub fn on_cuda() -> bool {
     std::env::var_os("PHD_TEST_CUDA").is_some()
 }
 
+/// How far the logits of f32 caches may lie from the reference's: see [`difference`]. CUDA kernels split activations into two bf16
+/// parts, 16 bits of mantissa.
+pub fn rounding() -> f32 {
+    if on_cuda() { 2e-4 } else { 2e-5 }
+}
+
 pub fn load(path: &Path, backend: BackendKind) -> Arc<Model> {
     let backend = if backend == BackendKind::Cpu && on_cuda() { BackendKind::Cuda } else { backend };
     Arc::new(Model::load(path, LoadOptions { backend, ..Default::default() }).unwrap_or_else(|e| panic!("{e}")))

@@ -83,7 +83,9 @@ fn row_bytes(kind: CacheType, kv_dim: usize) -> usize {
 fn q8_to_device(blocks: &[u8], device: &mut [u8]) {
     let n = blocks.len() / 34;
     let (values, scales) = device.split_at_mut(n * 32);
-    for ((block, values), scale) in blocks.chunks_exact(34).zip(values.chunks_exact_mut(32)).zip(scales.chunks_exact_mut(2)) {
+    for ((block, values), scale) in
+        blocks.chunks_exact(34).zip(values.chunks_exact_mut(32)).zip(scales.chunks_exact_mut(2))
+    {
         scale.copy_from_slice(&block[..2]);
         values.copy_from_slice(&block[2..]);
     }
@@ -92,7 +94,8 @@ fn q8_to_device(blocks: &[u8], device: &mut [u8]) {
 fn q8_from_device(device: &[u8], blocks: &mut [u8]) {
     let n = blocks.len() / 34;
     let (values, scales) = device.split_at(n * 32);
-    for ((block, values), scale) in blocks.chunks_exact_mut(34).zip(values.chunks_exact(32)).zip(scales.chunks_exact(2)) {
+    for ((block, values), scale) in blocks.chunks_exact_mut(34).zip(values.chunks_exact(32)).zip(scales.chunks_exact(2))
+    {
         block[..2].copy_from_slice(scale);
         block[2..].copy_from_slice(values);
     }
@@ -151,17 +154,17 @@ struct Step {
     options: ContextOptions,
     cache: Store,
     rings: Store,
-    fresh: Store,     // one layer's; (hidden row of the pass)
-    x: [Buffer; 2],   // (row, n_embd): the residual stream, before and after
-    q: Buffer,        // (entering row, q_dim)
-    k: Buffer,        // (entering row, kv_dim)
-    v: Buffer,        // (entering row, kv_dim)
-    partial: Buffer,  // (row that goes on, head, split, head_dim + 2)
-    gate: Buffer,     // (row that goes on, n_ff)
-    up: Buffer,       // (row that goes on, n_ff)
-    out: Buffer,      // (row that goes on, n_embd)
-    normed: Buffer,   // (output, n_embd), of passes that make embeddings
-    head: Buffer,     // (output, up to HEAD_ROWS of them; n_vocab)
+    fresh: Store,    // one layer's; (hidden row of the pass)
+    x: [Buffer; 2],  // (row, n_embd): the residual stream, before and after
+    q: Buffer,       // (entering row, q_dim)
+    k: Buffer,       // (entering row, kv_dim)
+    v: Buffer,       // (entering row, kv_dim)
+    partial: Buffer, // (row that goes on, head, split, head_dim + 2)
+    gate: Buffer,    // (row that goes on, n_ff)
+    up: Buffer,      // (row that goes on, n_ff)
+    out: Buffer,     // (row that goes on, n_embd)
+    normed: Buffer,  // (output, n_embd), of passes that make embeddings
+    head: Buffer,    // (output, up to HEAD_ROWS of them; n_vocab)
     tops: Option<Tops>,
     logits: Buffer,   // (logits row, n_vocab)
     input: Input,     // of n_embd
@@ -190,14 +193,14 @@ struct Row {
 pub struct CudaContext {
     graphs: VecDeque<(Shape, Graph)>,
     step: Step,
-    packed: Pinned,      // the plan, on the host
-    shape: Shape,        // of the running pass
-    logits: Pinned,      // (logits row, n_vocab): copied when they are asked for
-    rows: Vec<Row>,      // (logits row)
+    packed: Pinned,        // the plan, on the host
+    shape: Shape,          // of the running pass
+    logits: Pinned,        // (logits row, n_vocab): copied when they are asked for
+    rows: Vec<Row>,        // (logits row)
     best_tokens: Vec<u32>, // (logits row, TOP)
     best_values: Vec<f32>, // (logits row, TOP)
-    found: [Pinned; 2],  // (output, TOP): tokens and values of the running pass
-    embeddings: Pinned,  // (embedding, n_embd)
+    found: [Pinned; 2],    // (output, TOP): tokens and values of the running pass
+    embeddings: Pinned,    // (embedding, n_embd)
     row: Mutex<Vec<u8>>, // a cached row in the device's order; held by whoever copies between host and device aside of a pass
     /// What went wrong in a call that cannot say so; the next pass does.
     deferred: Mutex<Option<Error>>,
@@ -722,7 +725,9 @@ impl Context for CudaContext {
             self.logits.floats_mut().copy_within(src * n..(src + 1) * n, dst * n);
         } else {
             // SAFETY: different rows of one buffer.
-            self.defer(|step| unsafe { step.stream.copy(step.logits.at(dst * n * 4), step.logits.at(src * n * 4), n * 4) });
+            self.defer(|step| unsafe {
+                step.stream.copy(step.logits.at(dst * n * 4), step.logits.at(src * n * 4), n * 4)
+            });
         }
         *self.rows[dst].is_here.get_mut() = *self.rows[src].is_here.get_mut();
         self.rows[dst].n_best = self.rows[src].n_best;
@@ -785,7 +790,10 @@ impl Context for CudaContext {
 
     fn memory(&self) -> ContextMemory {
         let s = &self.step;
-        let buffers = [&s.x[0], &s.x[1], &s.q, &s.k, &s.v, &s.partial, &s.gate, &s.up, &s.out, &s.normed, &s.head, &s.logits, &s.plan];
+        let buffers = [
+            &s.x[0], &s.x[1], &s.q, &s.k, &s.v, &s.partial, &s.gate, &s.up, &s.out, &s.normed, &s.head, &s.logits,
+            &s.plan,
+        ];
         let inputs = [&s.input, &s.attended, &s.activated];
         let gemm = s.gemm.lock().unwrap_or_else(|e| e.into_inner());
         ContextMemory {
@@ -797,7 +805,10 @@ impl Context for CudaContext {
                 + s.tops.as_ref().map_or(0, Tops::bytes)
                 + (self.best_tokens.len() + self.best_values.len()) * 4
                 + gemm.as_ref().map_or(0, gemm::Workspace::bytes)
-                + [&self.packed, &self.logits, &self.embeddings, &self.found[0], &self.found[1]].map(Pinned::bytes).iter().sum::<usize>(),
+                + [&self.packed, &self.logits, &self.embeddings, &self.found[0], &self.found[1]]
+                    .map(Pinned::bytes)
+                    .iter()
+                    .sum::<usize>(),
         }
     }
 }

@@ -84,25 +84,20 @@ impl Device {
         );
         if arch < (8, 0) {
             let (major, minor) = arch;
-            return Err(Error::Backend(format!("{name} has compute capability {major}.{minor}, at least 8.0 is needed")));
+            return Err(Error::Backend(format!(
+                "{name} has compute capability {major}.{minor}, at least 8.0 is needed"
+            )));
         }
         let n_multiprocessors = attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as usize;
         let shared_memory = attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)? as usize;
         let mut driver_version = 0;
         // SAFETY: writes one integer.
-        unsafe { sys::cuDriverGetVersion(&mut driver_version) }.result().or_failed("cannot ask the driver's version")?;
+        unsafe { sys::cuDriverGetVersion(&mut driver_version) }
+            .result()
+            .or_failed("cannot ask the driver's version")?;
         // SAFETY: `device` is valid; released when the owner is dropped.
         let context = unsafe { result::primary_ctx::retain(device) }.or_failed("cannot use the CUDA device")?;
-        Ok(Arc::new(Device {
-            ordinal,
-            name,
-            arch,
-            n_multiprocessors,
-            shared_memory,
-            driver_version,
-            device,
-            context,
-        }))
+        Ok(Arc::new(Device { ordinal, name, arch, n_multiprocessors, shared_memory, driver_version, device, context }))
     }
 
     pub fn enter(&self) -> Result<Entered<'_>> {
@@ -279,7 +274,8 @@ pub struct Grid {
 impl Stream {
     pub fn new(device: &Arc<Device>) -> Result<Stream> {
         let _entered = device.enter()?;
-        let stream = result::stream::create(result::stream::StreamKind::NonBlocking).or_failed("cannot create a stream")?;
+        let stream =
+            result::stream::create(result::stream::StreamKind::NonBlocking).or_failed("cannot create a stream")?;
         Ok(Stream { device: device.clone(), stream })
     }
 
@@ -298,8 +294,17 @@ impl Stream {
         let blocks = (x as u32, y as u32, z as u32);
         let mut arguments = [std::ptr::from_ref(params).cast_mut().cast::<c_void>()];
         // SAFETY: the kernel takes one struct, which the driver copies before it returns; the rest is the caller's promise.
-        unsafe { result::launch_kernel(kernel.0, blocks, (grid.threads, 1, 1), grid.shared as u32, self.stream, &mut arguments) }
-            .or_failed("cannot launch a kernel")
+        unsafe {
+            result::launch_kernel(
+                kernel.0,
+                blocks,
+                (grid.threads, 1, 1),
+                grid.shared as u32,
+                self.stream,
+                &mut arguments,
+            )
+        }
+        .or_failed("cannot launch a kernel")
     }
 
     /// # Safety
@@ -440,7 +445,8 @@ impl Module {
     pub fn load(device: &Arc<Device>, image: &[u8]) -> Result<Module> {
         let _entered = device.enter()?;
         // SAFETY: the image is what NVRTC made for this device; the driver checks its header and keeps a copy.
-        let module = unsafe { result::module::load_data(image.as_ptr().cast()) }.or_failed("cannot load the kernels")?;
+        let module =
+            unsafe { result::module::load_data(image.as_ptr().cast()) }.or_failed("cannot load the kernels")?;
         Ok(Module { device: device.clone(), module })
     }
 
@@ -451,7 +457,8 @@ impl Module {
         let what = format!("kernel {name}");
         // SAFETY: the module is loaded.
         let function = unsafe { result::module::get_function(self.module, c_name) }.or_failed(&what)?;
-        const WITHOUT_ASKING: usize = 48 << 10;
+        // Less than 48 KiB: static shared memory counts, too.
+        const WITHOUT_ASKING: usize = 47 << 10;
         if shared > WITHOUT_ASKING {
             let attribute = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
             // SAFETY: the function was just found.

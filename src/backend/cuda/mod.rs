@@ -70,6 +70,8 @@ struct Kernels {
 
 pub struct Cuda {
     hyper: Arc<Hyper>,
+    /// `PHD_CUDA_EXACT`: activations in two parts for any number of rows, at the cost of more reads of the weights.
+    is_exact: bool,
     weights: DeviceWeights,
     kernels: Kernels,
     gemm: Option<Arc<Gemm>>,
@@ -98,10 +100,16 @@ impl Cuda {
             ));
         }
         if hyper.head_dim > context::MAX_HEAD_DIM {
-            return Err(unsupported!("head_dim is {}, the CUDA backend has at most {}", hyper.head_dim, context::MAX_HEAD_DIM));
+            return Err(unsupported!(
+                "head_dim is {}, the CUDA backend has at most {}",
+                hyper.head_dim,
+                context::MAX_HEAD_DIM
+            ));
         }
         let weights = weights::load(&device, weights, progress)?;
+        let is_exact = std::env::var_os("PHD_CUDA_EXACT").is_some_and(|v| v == "1");
         let gemm = match Gemm::find() {
+            _ if is_exact => None,
             Ok(gemm) => Some(Arc::new(gemm)),
             Err(e) => {
                 log::info!("{e}; prefill goes on with slower kernels");
@@ -119,7 +127,7 @@ impl Cuda {
             device.driver_version / 1000,
             device.driver_version % 1000 / 10,
         );
-        Ok(Cuda { hyper, weights, kernels, gemm, _module: module, device })
+        Ok(Cuda { hyper, is_exact, weights, kernels, gemm, _module: module, device })
     }
 
     /// Whether any matrix is f32, and whether any has blocks with minimums: what activations must have for them.
@@ -157,7 +165,10 @@ impl Cuda {
             let dtype = same[0].0.dtype;
             let (tiles, at_once) = match dtype {
                 DType::F32 => (0, F32_ROWS),
-                _ => *WIDTHS.iter().find(|(_, n)| rows <= *n).unwrap_or(&WIDTHS[WIDTHS.len() - 1]),
+                _ => {
+                    let widths = if self.is_exact { &WIDTHS[..WIDTHS.len() - 1] } else { &WIDTHS[..] };
+                    *widths.iter().find(|(_, n)| rows <= *n).unwrap_or(&widths[widths.len() - 1])
+                }
             };
             let mut parameters = LinearParams {
                 x,

@@ -4,9 +4,10 @@
 //!
 //! F32, F16, BF16: rows of `n_in` rounded up to 32, with zeros in the padding; the whole matrix is row-major.
 //!
-//! Quantized types: a warp multiplies a unit of 32 inputs at a time; lane `4 g + t` has the outputs `g` and `g + 8` of the
-//! strip and eight inputs of each, as four pairs: 8 t .. 8 t + 7; for Q6_K, 4 t .. 4 t + 3 and 16 + 4 t .. 16 + 4 t + 3.
-//! Little-endian throughout. "Of each output pair" means: for g in 0..8, for the outputs g and g + 8. Sizes in bytes:
+//! Quantized types: a warp multiplies a unit of 32 inputs at a time; lane `4 g + t` has the outputs `g` and `g + 8`
+//! of the strip and eight inputs of each, as four pairs: 8 t .. 8 t + 7; for Q6_K, 4 t .. 4 t + 3 and
+//! 16 + 4 t .. 16 + 4 t + 3. Little-endian throughout. "Of each output pair" means: for g in 0..8, for the outputs
+//! g and g + 8. Sizes in bytes:
 //!
 //! | type | a strip is a row of | each of which is |
 //! |---|---|---|
@@ -15,16 +16,18 @@
 //! | Q4_1 | chunks of two units | 512 of quarters; 128: the same, each f16 d, m |
 //! | Q4_K | blocks of four chunks | 4 x 512 of quarters; 4 x 64 scales; 64: of each output pair f16 d, dmin |
 //! | Q5_K | blocks of four chunks | 4 x 512 of quarters; 4 x 128 of fifth bits; scales and d as Q4_K |
-//! | Q6_K | blocks of four chunks | 4 x 512 of quarters; 4 x 256 of high bits; 4 x 64 scales; 32: f16 d of each output pair |
+//! | Q6_K | blocks of four chunks | 4 x 512 of quarters; 4 x 256 of high bits; 4 x 64 scales; 32: of each pair f16 d |
 //!
-//! * Values of Q8_0: two words for each output; word i has the pairs 2 i and 2 i + 1, whose first values are the bytes 0 and
-//!   1, and whose second ones are the bytes 2 and 3.
-//! * Quarters: 32 lanes x 16: a word of four-bit values for each of (unit, output); bits 4 p .. 4 p + 3 are the first value of
-//!   pair p, 16 bits above is its second one. The second unit of a row's last chunk may be missing: zeros.
-//! * Fifth bits: 32 lanes x 4: bit 8 unit + 4 (output > 7) + p for the first value of pair p, 16 bits above for the second.
-//! * High bits: 32 lanes x 8: a word for each unit; bits 8 (output > 7) + 2 p and the next, 16 bits above for the second value.
-//! * Scales, a byte each: for each g: Q4_K, Q5_K: for both units: of each of g, g + 8: scale, minimum; Q6_K: for both units:
-//!   for the first and second half of the unit: of each of g, g + 8: scale, signed.
+//! * Values of Q8_0: two words for each output; word i has the pairs 2 i and 2 i + 1, whose first values are the
+//!   bytes 0 and 1, and whose second ones are the bytes 2 and 3.
+//! * Quarters: 32 lanes x 16: a word of four-bit values for each of (unit, output); bits 4 p .. 4 p + 3 are the first
+//!   value of pair p, 16 bits above is its second one. The second unit of a row's last chunk may be missing: zeros.
+//! * Fifth bits: 32 lanes x 4: bit 8 unit + 4 (output > 7) + p for the first value of pair p, 16 bits above for the
+//!   second.
+//! * High bits: 32 lanes x 8: a word for each unit; bits 8 (output > 7) + 2 p and the next, 16 bits above for the
+//!   second value.
+//! * Scales, a byte each: for each g: Q4_K, Q5_K: for both units: of each of g, g + 8: scale, minimum; Q6_K: for both
+//!   units: for the first and second half of the unit: of each of g, g + 8: scale, signed.
 //!
 //! Q4_K takes 2.8% and Q5_K 2.3% more than in files, since scales are unpacked; the others are as large as there.
 
@@ -271,24 +274,24 @@ mod tests {
                 let q = strip[at + lane * 16 + upper * 8 + pair / 2 * 4 + pair % 2 + 2 * second] as i8;
                 q as f32 * f16(&strip[at + 512 + 4 * g + 2 * upper..])
             }
-            DType::Q4_0 => {
-                (quarter(at) as i32 - 8) as f32 * f16(&strip[at + 512 + g * 8 + u * 4 + upper * 2..])
-            }
+            DType::Q4_0 => (quarter(at) as i32 - 8) as f32 * f16(&strip[at + 512 + g * 8 + u * 4 + upper * 2..]),
             DType::Q4_1 => {
                 let scales = &strip[at + 512 + g * 16 + u * 8 + upper * 4..];
                 quarter(at) as f32 * f16(scales) + f16(&scales[2..])
             }
             DType::Q4_K | DType::Q5_K => {
                 let is_q5 = dtype == DType::Q5_K;
-                let fifth = word(strip, at + 2048 + chunk * 128 + lane * 4) >> (8 * u + 4 * upper + pair + 16 * second) & 1;
-                let q = quarter(at + chunk * 512) + if is_q5 { fifth << 4 } else { 0 };
+                let fifth =
+                    || word(strip, at + 2048 + chunk * 128 + lane * 4) >> (8 * u + 4 * upper + pair + 16 * second) & 1;
+                let q = quarter(at + chunk * 512) + if is_q5 { fifth() << 4 } else { 0 };
                 let scales_at = at + 2048 + if is_q5 { 512 } else { 0 };
                 let scales = &strip[scales_at + chunk * 64 + g * 8 + u * 4 + upper * 2..];
                 let d = &strip[scales_at + 256 + g * 8 + upper * 4..];
                 f16(d) * scales[0] as f32 * q as f32 - f16(&d[2..]) * scales[1] as f32
             }
             DType::Q6_K => {
-                let high = word(strip, at + 2048 + chunk * 256 + lane * 8 + u * 4) >> (8 * upper + 2 * pair + 16 * second) & 3;
+                let word = word(strip, at + 2048 + chunk * 256 + lane * 8 + u * 4);
+                let high = word >> (8 * upper + 2 * pair + 16 * second) & 3;
                 let q = (quarter(at + chunk * 512) | high << 4) as i32 - 32;
                 let scale = strip[at + 3072 + chunk * 64 + g * 8 + u * 4 + pair / 2 * 2 + upper] as i8;
                 f16(&strip[at + 3072 + 256 + g * 4 + upper * 2..]) * scale as f32 * q as f32

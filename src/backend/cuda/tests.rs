@@ -70,7 +70,8 @@ struct Made {
 fn activations(b: &Bench, x: &[f32], rows: usize, n: usize) -> Made {
     let stride = n.next_multiple_of(32);
     let buffer = |bytes: usize| Buffer::new(&b.device, "a test", rows * bytes).unwrap();
-    let buffers = vec![buffer(stride * 2), buffer(stride * 2), buffer(stride * 4), buffer(stride / 32 * 4), b.upload(x)];
+    let buffers =
+        vec![buffer(stride * 2), buffer(stride * 2), buffer(stride * 4), buffer(stride / 32 * 4), b.upload(x)];
     let at = |i: usize| buffers[i].address();
     let act = Activations { hi: at(0), lo: at(1), exact: at(2), sums: at(3), stride: stride as u32, unused: 0 };
     let params = ResidualParams { x_in: at(4), act, rows: rows as u32, n: n as u32, ..ResidualParams::default() };
@@ -86,17 +87,8 @@ fn packed(dtype: DType, n_in: usize, rows: &[u8]) -> Vec<u8> {
     out
 }
 
-const TYPES: [DType; 9] = [
-    DType::F32,
-    DType::F16,
-    DType::BF16,
-    DType::Q8_0,
-    DType::Q4_0,
-    DType::Q4_1,
-    DType::Q4_K,
-    DType::Q5_K,
-    DType::Q6_K,
-];
+const TYPES: [DType; 9] =
+    [DType::F32, DType::F16, DType::BF16, DType::Q8_0, DType::Q4_0, DType::Q4_1, DType::Q4_K, DType::Q5_K, DType::Q6_K];
 
 #[test]
 #[ignore = "needs a GPU or the emulator: tests/cuda/run.sh"]
@@ -210,8 +202,14 @@ fn residuals_and_norms() {
                 let scale = scale(&y);
                 for i in 0..n {
                     let z = y[i] * scale * f64::from(norm[i]);
-                    assert!((f64::from(out[row * n + i]) - y[i]).abs() < 1e-5 * (1.0 + y[i].abs()), "{n} {after} {row} {i}");
-                    assert!((f64::from(normed[row * n + i]) - z).abs() < 1e-5 * (1.0 + z.abs()), "{n} {after} {row} {i}");
+                    assert!(
+                        (f64::from(out[row * n + i]) - y[i]).abs() < 1e-5 * (1.0 + y[i].abs()),
+                        "{n} {after} {row} {i}"
+                    );
+                    assert!(
+                        (f64::from(normed[row * n + i]) - z).abs() < 1e-5 * (1.0 + z.abs()),
+                        "{n} {after} {row} {i}"
+                    );
                 }
             }
         }

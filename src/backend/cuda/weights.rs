@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use super::driver::{Buffer, Device, Event, Pinned, Stream};
-use super::pack::{is_packed, matrix_bytes, pack_strip};
 pub use super::pack::strip_bytes;
+use super::pack::{is_packed, matrix_bytes, pack_strip};
 use super::params::Address;
 use crate::checkpoint::TensorView;
 use crate::error::{Error, Result};
@@ -141,8 +141,7 @@ impl<'a> Placement<'a> {
         let head = self.matrix(&weights.head);
         // A tied table is the head's matrix.
         let is_tied = |t: &TensorView| t.name == weights.head.name;
-        let embeddings =
-            weights.embeddings.iter().map(|t| if is_tied(t) { head } else { self.matrix(t) }).collect();
+        let embeddings = weights.embeddings.iter().map(|t| if is_tied(t) { head } else { self.matrix(t) }).collect();
         (layers, embeddings, self.vector(&weights.norm), head)
     }
 }

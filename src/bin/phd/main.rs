@@ -17,7 +17,7 @@ use phd::tokenizer::Tokenizer;
 #[derive(Parser)]
 #[command(version, about = "Hidden-decoding language models: read each token K times, remember it once.")]
 #[command(
-    after_help = "Examples:\n  phd run models/kjv-phd-cswa-2-16-32 -p 'In the beginning' -n 60\n  phd chat smollm2.gguf --temp 0.7\n  phd bench smollm2.gguf --copies-list 1,2,3,4\n\nMODEL is a Hub folder (config.json and safetensors) or a GGUF file."
+    after_help = "Examples:\n  phd run models/english-phd-cswa-2-16-32 -p 'In the beginning' -n 60\n  phd chat smollm2.gguf --temp 0.7\n  phd bench smollm2.gguf --copies-list 1,2,3,4\n\nMODEL is a Hub folder (config.json and safetensors) or a GGUF file."
 )]
 struct Cli {
     #[command(subcommand)]

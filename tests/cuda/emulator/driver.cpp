@@ -30,7 +30,10 @@ namespace {
 // Of CUresult.
 constexpr int OK = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, NO_DEVICE = 100, INVALID_DEVICE = 101, INVALID_IMAGE = 200,
               INVALID_CONTEXT = 201, NOT_FOUND = 500, ILLEGAL_ADDRESS = 700, LAUNCH_FAILED = 719, CAPTURE_UNSUPPORTED = 900,
-              CAPTURE_INVALIDATED = 901, UNKNOWN = 999;
+              CAPTURE_INVALIDATED = 901, CAPTURE_WRONG_THREAD = 908, UNKNOWN = 999;
+
+// Shared memory that a block may have, static and dynamic: any kernel, and one that has asked for more.
+constexpr int MAX_UNASKED = 48 << 10, MAX_SHARED = 227 << 10;
 
 using Work = std::function<int()>;
 
@@ -57,7 +60,7 @@ struct Function {
     Module* module;
     void (*body)(void**);
     const uint32_t* facts; // threads at most, bytes of the parameters
-    int max_dynamic = 48 << 10;
+    int max_dynamic = MAX_UNASKED;
 };
 
 std::recursive_mutex lock;
@@ -124,6 +127,16 @@ bool is_within(uint64_t address, size_t bytes) {
     return address + bytes <= begin + size.first;
 }
 
+// Queues a copy of device memory, which must be there when its turn comes, too.
+int queue_copy(void* stream, uint64_t device, size_t bytes, void* to, const void* from) {
+    if (!is_within(device, bytes)) return INVALID_VALUE;
+    return queue(stream, [=] {
+        if (!is_within(device, bytes)) return ILLEGAL_ADDRESS;
+        memcpy(to, from, bytes);
+        return OK;
+    });
+}
+
 // A kernel that touches a guard page comes back here.
 sigjmp_buf back;
 void on_fault(int) {
@@ -131,7 +144,7 @@ void on_fault(int) {
 }
 
 int run_kernel(Function* f, const uint32_t grid[3], uint32_t threads, uint32_t dynamic, void* parameters) {
-    using Launch = const char* (*)(void (*)(void**), const uint32_t*, uint32_t, size_t, void**, uint64_t);
+    using Launch = const char* (*)(void (*)(void**), const uint32_t*, uint32_t, size_t, void**, uint64_t, size_t);
     Launch launch = reinterpret_cast<Launch>(dlsym(f->module->library, "emulator_launch"));
     static uint64_t seed = setting("PHD_EMULATOR_SEED", 1);
     // Fibers' stacks are small; the handler has its own.
@@ -149,7 +162,8 @@ int run_kernel(Function* f, const uint32_t grid[3], uint32_t threads, uint32_t d
     int status = OK;
     const char* error = nullptr;
     if (sigsetjmp(back, 1) == 0) {
-        error = launch(f->body, grid, threads, dynamic, arguments, seed++);
+        const size_t limit = f->max_dynamic > MAX_UNASKED ? MAX_SHARED : MAX_UNASKED;
+        error = launch(f->body, grid, threads, dynamic, arguments, seed++, limit);
     } else {
         status = ILLEGAL_ADDRESS;
     }
@@ -203,7 +217,7 @@ API cuDeviceGetAttribute(int* value, int attribute, int) {
         case 16: *value = 4; return OK;          // multiprocessors
         case 75: *value = 9; return OK;          // compute capability, major
         case 76: *value = 0; return OK;          // and minor
-        case 97: *value = 227 << 10; return OK;  // shared memory of a block that asks for it
+        case 97: *value = MAX_SHARED; return OK; // shared memory of a block that asks for it
         default: return INVALID_VALUE;
     }
 }
@@ -290,19 +304,21 @@ API cuMemsetD8_v2(uint64_t address, unsigned char value, size_t bytes) {
 }
 API cuMemcpyHtoDAsync_v2(uint64_t to, const void* from, size_t bytes, void* stream) {
     BEGIN_IN_CONTEXT
-    if (!is_within(to, bytes)) return INVALID_VALUE;
-    return queue(stream, [=] { return memcpy(reinterpret_cast<void*>(to), from, bytes), OK; });
+    return queue_copy(stream, to, bytes, reinterpret_cast<void*>(to), from);
 }
 API cuMemcpyDtoHAsync_v2(void* to, uint64_t from, size_t bytes, void* stream) {
     BEGIN_IN_CONTEXT
-    if (!is_within(from, bytes)) return INVALID_VALUE;
-    return queue(stream, [=] { return memcpy(to, reinterpret_cast<void*>(from), bytes), OK; });
+    return queue_copy(stream, from, bytes, to, reinterpret_cast<void*>(from));
 }
 API cuMemcpyDtoDAsync_v2(uint64_t to, uint64_t from, size_t bytes, void* stream) {
     BEGIN_IN_CONTEXT
     const bool overlap = to < from + bytes && from < to + bytes;
     if (!is_within(to, bytes) || !is_within(from, bytes) || overlap) return INVALID_VALUE;
-    return queue(stream, [=] { return memcpy(reinterpret_cast<void*>(to), reinterpret_cast<void*>(from), bytes), OK; });
+    return queue(stream, [=] {
+        if (!is_within(to, bytes) || !is_within(from, bytes)) return ILLEGAL_ADDRESS;
+        memcpy(reinterpret_cast<void*>(to), reinterpret_cast<void*>(from), bytes);
+        return OK;
+    });
 }
 
 // ---------------------------------------------------------------- streams, events, graphs
@@ -335,6 +351,7 @@ API cuStreamBeginCapture_v2(void* stream, int) {
 API cuStreamEndCapture(void* stream, void** graph) {
     BEGIN
     Stream* s = static_cast<Stream*>(stream);
+    if (s->capture && capturing != s) return CAPTURE_WRONG_THREAD;
     std::shared_ptr<Graph> captured = std::move(s->capture);
     s->capture = nullptr;
     capturing = nullptr;
@@ -429,7 +446,7 @@ API cuModuleGetFunction(void** function, void* module, const char* name) {
 }
 API cuFuncSetAttribute(void* function, int attribute, int value) {
     BEGIN_IN_CONTEXT
-    if (attribute != 8 || value > 227 << 10) return INVALID_VALUE; // the largest dynamic shared memory
+    if (attribute != 8 || value > MAX_SHARED) return INVALID_VALUE; // the largest dynamic shared memory
     static_cast<Function*>(function)->max_dynamic = value;
     return OK;
 }
@@ -464,6 +481,7 @@ API cuGetErrorName(int error, const char** name) {
         {LAUNCH_FAILED, "CUDA_ERROR_LAUNCH_FAILED"},
         {CAPTURE_UNSUPPORTED, "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED"},
         {CAPTURE_INVALIDATED, "CUDA_ERROR_STREAM_CAPTURE_INVALIDATED"},
+        {CAPTURE_WRONG_THREAD, "CUDA_ERROR_STREAM_CAPTURE_WRONG_THREAD"},
     };
     auto found = names.find(error);
     *name = found == names.end() ? "CUDA_ERROR_UNKNOWN" : found->second;

@@ -2,6 +2,7 @@
 //
 // A thread is a fiber, a block's fibers take turns in a random order, blocks run one after another. Barriers, shuffles and tensor-core
 // instructions wait for everyone who takes part. Shared memory begins as garbage, asynchronous copies arrive when they are waited for.
+// Shared memory and stacks end at pages that nobody may touch.
 #pragma once
 #define PHD_EMULATED
 
@@ -10,6 +11,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <sys/mman.h>
 #include <vector>
 
 typedef uint8_t u8;
@@ -28,15 +30,23 @@ struct Index {
     u32 x, y, z;
 };
 
+// Of each library of kernels; GCC would share what is merely inline among all libraries of a process.
+#define EMULATOR_GLOBAL inline __attribute__((visibility("hidden")))
+
+EMULATOR_GLOBAL Index threadIdx, blockIdx, blockDim, gridDim;
+
 namespace emulator {
 
 // ---------------------------------------------------------------- fibers
 
-constexpr size_t STACK = 64 << 10;
+constexpr size_t STACK = 64 << 10, PAGE = 4096;
+constexpr size_t MAX_SHARED = 227 << 10; // bytes of a block, as on sm_90
+constexpr size_t SHARED_PAGES = (MAX_SHARED + PAGE - 1) / PAGE * PAGE;
 constexpr u32 MAX_THREADS = 1024;
 
 #ifdef __x86_64__
-// Saves the callee-saved registers and the stack's place, and goes on where `to` was left.
+// Saves the callee-saved registers and the stack's place, and goes on where `to` was left: by a jump, since CPUs predict that a
+// return goes to its own call.
 extern "C" void emulator_switch(void** from, void* to);
 asm(R"(.text
 .weak emulator_switch
@@ -55,7 +65,8 @@ emulator_switch:
     popq %r12
     popq %rbx
     popq %rbp
-    ret
+    popq %rcx
+    jmp *%rcx
 )");
 #else
 #error "the emulator's fibers are written for x86-64"
@@ -67,35 +78,59 @@ struct Copy {
     u32 group;
 };
 
+struct Barrier {
+    u32 waiting;
+    u64 round;
+    const char* what; // the instruction that they wait in
+};
+
 struct Fiber {
     void* place;
     u8* stack;
     bool is_done;
+    const Barrier* waits_for; // to go on to another round than this
+    u64 round;
+    u32 turn;  // of its next instruction of the whole warp
     u32 group; // of its next asynchronous copy
     std::vector<Copy> copies;
 };
 
-struct Barrier {
-    u32 waiting;
-    u64 round;
-};
+// Memory between pages that nobody may touch.
+inline u8* guarded(size_t bytes) {
+    u8* memory = (u8*)mmap(nullptr, PAGE + bytes + PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (memory == MAP_FAILED || mprotect(memory + PAGE, bytes, PROT_READ | PROT_WRITE)) abort();
+    return memory + PAGE;
+}
+inline void free_guarded(u8* memory, size_t bytes) {
+    if (memory) munmap(memory - PAGE, PAGE + bytes + PAGE);
+}
 
 struct Machine {
+    // When a library of kernels is unloaded.
+    ~Machine() {
+        for (Fiber& fiber : fibers) free_guarded(fiber.stack, STACK);
+        free_guarded(shared, SHARED_PAGES);
+    }
+
     Fiber fibers[MAX_THREADS];
     void* scheduler;
     u32 n_threads, n_done, current;
     Barrier block, warps[MAX_THREADS / 32];
-    u32 operands[MAX_THREADS][8]; // what a thread brings to an instruction of its warp
-    u8* dynamic_shared;
-    size_t dynamic_bytes;
-    std::vector<std::pair<void*, size_t>> shared; // static arrays that the kernel has met
+    // What threads bring to an instruction of their warp, and what comes of it. A thread may be one instruction ahead of another, so
+    // there are two of each, in turn.
+    u32 operands[2][MAX_THREADS][6];
+    const u8* addresses[2][MAX_THREADS];
+    float products[2][MAX_THREADS / 32][16][8];
+    u8 *shared, *dynamic_shared;       // all there is; its end, as much as the launch asks for
+    size_t shared_bytes, shared_limit; // of the block, static arrays included
+    std::vector<void*> arrays;         // static ones that the block has met
     u64 random;
     const char* error; // of a thread, which then goes no further
     void (*body)(void**);
     void** arguments;
 };
 
-inline Machine machine = {};
+EMULATOR_GLOBAL Machine machine = {};
 
 inline u32 random_number() {
     machine.random = machine.random * 6364136223846793005ull + 1442695040888963407ull;
@@ -119,18 +154,23 @@ inline void run_fiber() {
     for (;;) pause_fiber();
 }
 
-inline void wait(Barrier& barrier, u32 n) {
-    const u64 round = barrier.round;
+// The last one to arrive does `work` for all.
+template <class Work>
+void wait(const char* what, Barrier& barrier, u32 n, Work work) {
+    if (barrier.waiting && barrier.what != what) fail("threads of a warp wait for each other in different instructions");
+    barrier.what = what;
+    Fiber& fiber = machine.fibers[machine.current];
+    fiber.waits_for = &barrier;
+    fiber.round = barrier.round;
     if (++barrier.waiting == n) {
+        work();
         barrier.waiting = 0;
         barrier.round++;
     }
-    while (barrier.round == round) pause_fiber();
+    pause_fiber();
 }
 
 } // namespace emulator
-
-inline Index threadIdx, blockIdx, blockDim, gridDim;
 
 // ---------------------------------------------------------------- device.cuh's names
 
@@ -141,8 +181,8 @@ inline Index threadIdx, blockIdx, blockDim, gridDim;
     extern "C" const u32 name##_facts[2];                                                          \
     const u32 name##_facts[2] = {threads, sizeof(Params)};                                         \
     static void name##_body(const Params& p)
-#define SHARED(type, name, count)       \
-    static type name##_array[count];    \
+#define SHARED(type, name, count)                \
+    alignas(16) static type name##_array[count]; \
     emulator::meet_shared(name##_array, sizeof name##_array); \
     type* const name = name##_array
 #define DYNAMIC_SHARED(type, name) type* name = (type*)emulator::machine.dynamic_shared
@@ -150,27 +190,28 @@ inline Index threadIdx, blockIdx, blockDim, gridDim;
 namespace emulator {
 // The first thread of a block to come by fills a static array with garbage.
 inline void meet_shared(void* array, size_t bytes) {
-    for (auto& known : machine.shared) {
-        if (known.first == array) return;
+    for (void* known : machine.arrays) {
+        if (known == array) return;
     }
-    machine.shared.push_back({array, bytes});
+    machine.arrays.push_back(array);
+    machine.shared_bytes += (bytes + 15) / 16 * 16;
+    if (machine.shared_bytes > machine.shared_limit) fail("static and dynamic shared memory exceed what the kernel may have");
     memset(array, 0xff, bytes);
 }
 } // namespace emulator
 
 DEVICE void sync_block() {
-    emulator::wait(emulator::machine.block, emulator::machine.n_threads);
+    emulator::wait("sync_block", emulator::machine.block, emulator::machine.n_threads, [] {});
 }
 DEVICE void sync_warp() {
-    emulator::wait(emulator::machine.warps[threadIdx.x / 32], 32);
+    emulator::wait("sync_warp", emulator::machine.warps[threadIdx.x / 32], 32, [] {});
 }
 
 DEVICE u32 shuffle(u32 x, u32 lane) {
-    emulator::machine.operands[threadIdx.x][0] = x;
-    sync_warp();
-    const u32 y = emulator::machine.operands[threadIdx.x / 32 * 32 + lane % 32][0];
-    sync_warp();
-    return y;
+    auto& operands = emulator::machine.operands[emulator::machine.fibers[threadIdx.x].turn++ % 2];
+    operands[threadIdx.x][0] = x;
+    emulator::wait("shuffle", emulator::machine.warps[threadIdx.x / 32], 32, [] {});
+    return operands[threadIdx.x / 32 * 32 + lane % 32][0];
 }
 DEVICE u32 float_bits(float x) {
     u32 bits;
@@ -206,9 +247,10 @@ DEVICE u16 to_f16(float x) {
     return bits;
 }
 DEVICE float from_f16(u16 x) {
-    _Float16 half;
-    memcpy(&half, &x, 2);
-    return half;
+    // The exponent's bias is 112 more, which a product repairs, in subnormal values too; infinity and NaN have all bits.
+    const u32 sign = (u32)(x & 0x8000) << 16, rest = (u32)(x & 0x7fff) << 13;
+    if (rest >= 0x0f800000) return bits_float(sign | 0x7f800000 | rest);
+    return bits_float(sign | float_bits(bits_float(rest) * 0x1p112f));
 }
 DEVICE u32 pack_bf16(float first, float second) {
     return to_bf16(first) | (u32)to_bf16(second) << 16;
@@ -233,50 +275,62 @@ DEVICE void int8_to_f16(u32 bytes, u32& first, u32& second) {
 namespace emulator {
 // PTX ISA, "Matrix Fragments for mma.m16n8k16", 16-bit types.
 template <float (*CONVERT)(u16)>
-void mma(float (&c)[4], const u32 (&a)[4], const u32 (&b)[2]) {
-    const u32 warp = threadIdx.x / 32 * 32, lane = threadIdx.x % 32;
-    memcpy(machine.operands[threadIdx.x], a, 16);
-    memcpy(machine.operands[threadIdx.x] + 4, b, 8);
-    sync_warp();
-    for (u32 i = 0; i < 4; i++) {
-        const u32 row = i / 2, column = lane % 4 * 2 + i % 2; // row: lane / 4, or 8 below
-        for (u32 k = 0; k < 16; k++) {
-            const u32 part = k / 8, pair = k % 8 / 2, shift = k % 2 * 16;
-            const u32 x = machine.operands[warp + lane / 4 * 4 + pair][row + part * 2];
-            const u32 y = machine.operands[warp + column * 4 + pair][4 + part];
-            c[i] += CONVERT(x >> shift) * CONVERT(y >> shift);
+void mma(const char* instruction, float (&c)[4], const u32 (&a)[4], const u32 (&b)[2]) {
+    const u32 thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
+    const u32 turn = machine.fibers[thread].turn++ % 2;
+    auto& operands = machine.operands[turn];
+    auto& products = machine.products[turn][warp];
+    memcpy(operands[thread], a, 16);
+    memcpy(operands[thread] + 4, b, 8);
+    wait(instruction, machine.warps[warp], 32, [&] {
+        float x[16][16], y[16][8]; // (row, k), (k, column)
+        for (u32 l = 0; l < 32; l++) {
+            const u32* o = operands[warp * 32 + l];
+            for (u32 i = 0; i < 8; i++) {
+                const u32 row = l / 4 + i / 2 % 2 * 8, k = l % 4 * 2 + i % 2 + i / 4 * 8;
+                x[row][k] = CONVERT(o[i / 2] >> i % 2 * 16);
+            }
+            for (u32 i = 0; i < 4; i++) y[l % 4 * 2 + i % 2 + i / 2 * 8][l / 4] = CONVERT(o[4 + i / 2] >> i % 2 * 16);
         }
-    }
-    sync_warp();
-}
-// What the lane that is responsible for a matrix's row has as its address.
-inline const u8* address_of(const void* row, u32 lane) {
-    const u64 bits = (u64)row;
-    const u64 high = shuffle((u32)(bits >> 32), lane), low = shuffle((u32)bits, lane);
-    return (const u8*)(high << 32 | low);
+        memset(products, 0, sizeof products);
+        for (u32 row = 0; row < 16; row++) {
+            for (u32 k = 0; k < 16; k++) {
+                for (u32 column = 0; column < 8; column++) products[row][column] += x[row][k] * y[k][column];
+            }
+        }
+    });
+    for (u32 i = 0; i < 4; i++) c[i] += products[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2];
 }
 inline void check_aligned(const void* address) {
     if ((u64)address % 16) fail("a misaligned address");
 }
+// The addresses that the lanes of a warp bring.
+inline const u8* const* meet(const char* instruction, const void* address) {
+    check_aligned(address);
+    auto& addresses = machine.addresses[machine.fibers[threadIdx.x].turn++ % 2];
+    addresses[threadIdx.x] = (const u8*)address;
+    wait(instruction, machine.warps[threadIdx.x / 32], 32, [] {});
+    return addresses + threadIdx.x / 32 * 32;
+}
 } // namespace emulator
 
 DEVICE void mma_bf16(float (&c)[4], const u32 (&a)[4], const u32 (&b)[2]) {
-    emulator::mma<from_bf16>(c, a, b);
+    emulator::mma<from_bf16>("mma_bf16", c, a, b);
 }
 DEVICE void mma_f16(float (&c)[4], const u32 (&a)[4], const u32 (&b)[2]) {
-    emulator::mma<from_f16>(c, a, b);
+    emulator::mma<from_f16>("mma_f16", c, a, b);
 }
 DEVICE void load_matrices(u32 (&m)[4], const void* row) {
+    const u8* const* rows = emulator::meet("load_matrices", row);
     const u32 lane = threadIdx.x % 32;
-    for (u32 i = 0; i < 4; i++) memcpy(&m[i], emulator::address_of(row, i * 8 + lane / 4) + lane % 4 * 4, 4);
+    for (u32 i = 0; i < 4; i++) memcpy(&m[i], rows[i * 8 + lane / 4] + lane % 4 * 4, 4);
 }
 DEVICE void load_matrices_transposed(u32 (&m)[4], const void* row) {
+    const u8* const* rows = emulator::meet("load_matrices_transposed", row);
     const u32 lane = threadIdx.x % 32;
     for (u32 i = 0; i < 4; i++) {
         u16 pair[2];
-        for (u32 j = 0; j < 2; j++) {
-            memcpy(&pair[j], emulator::address_of(row, i * 8 + lane % 4 * 2 + j) + lane / 4 * 2, 2);
-        }
+        for (u32 j = 0; j < 2; j++) memcpy(&pair[j], rows[i * 8 + lane % 4 * 2 + j] + lane / 4 * 2, 2);
         m[i] = pair[0] | (u32)pair[1] << 16;
     }
 }
@@ -321,15 +375,16 @@ DEVICE u32 umax(u32 a, u32 b) {
 
 namespace emulator {
 
-// Guards the end of a block's dynamic shared memory.
-constexpr size_t GUARD = 48;
-
-// Runs a kernel to its end; returns what went wrong, or null.
-inline const char* launch(void (*body)(void**), Index grid, u32 n_threads, size_t dynamic_bytes, void** arguments, u64 seed) {
+// Runs a kernel to its end; returns what went wrong, or null. `shared_limit` is for static and dynamic shared memory together.
+inline const char* launch(void (*body)(void**), Index grid, u32 n_threads, size_t dynamic_bytes, void** arguments, u64 seed,
+                          size_t shared_limit = MAX_SHARED) {
     Machine& m = machine;
     if (n_threads == 0 || n_threads > MAX_THREADS || n_threads % 32) return "an odd number of threads";
-    std::vector<u8> memory(dynamic_bytes + GUARD + 16);
-    m.dynamic_shared = memory.data() + 16 - (u64)memory.data() % 16;
+    if (dynamic_bytes > MAX_SHARED) return "too much shared memory";
+    if (!m.shared) m.shared = guarded(SHARED_PAGES);
+    const size_t rounded = (dynamic_bytes + 15) / 16 * 16;
+    m.dynamic_shared = m.shared + SHARED_PAGES - rounded;
+    m.shared_limit = shared_limit;
     m.body = body;
     m.arguments = arguments;
     m.n_threads = n_threads;
@@ -337,50 +392,52 @@ inline const char* launch(void (*body)(void**), Index grid, u32 n_threads, size_
     m.error = nullptr;
     gridDim = grid;
     blockDim = {n_threads, 1, 1};
-    std::vector<u32> order(n_threads);
     for (u32 i = 0; i < n_threads; i++) {
-        order[i] = i;
-        if (!m.fibers[i].stack) m.fibers[i].stack = (u8*)aligned_alloc(4096, STACK);
+        if (!m.fibers[i].stack) m.fibers[i].stack = guarded(STACK);
     }
     const u64 n_blocks = (u64)grid.x * grid.y * grid.z;
     for (u64 block = 0; block < n_blocks; block++) {
         blockIdx = {(u32)(block % grid.x), (u32)(block / grid.x % grid.y), (u32)(block / grid.x / grid.y)};
-        memset(m.dynamic_shared, 0xff, dynamic_bytes + GUARD);
-        m.shared.clear();
+        memset(m.dynamic_shared, 0xff, rounded);
+        m.arrays.clear();
+        m.shared_bytes = rounded;
         m.n_done = 0;
         m.block.waiting = 0;
         for (Barrier& warp : m.warps) warp.waiting = 0;
         for (u32 i = 0; i < n_threads; i++) {
             Fiber& fiber = m.fibers[i];
             fiber.is_done = false;
+            fiber.waits_for = nullptr;
+            fiber.turn = 0;
             fiber.group = 0;
             fiber.copies.clear();
-            // As if run_fiber had been called and left at once: six registers, its address, nowhere to return to.
-            void** top = (void**)(fiber.stack + STACK) - 2;
+            // As if run_fiber had been called and left at once: six registers, its address, nowhere to return to. At different
+            // places of their pages, for the sake of the caches.
+            void** top = (void**)(fiber.stack + STACK - i % 12 * 320) - 2;
             top[1] = nullptr;
             top[0] = (void*)run_fiber;
             fiber.place = top - 6;
             memset(fiber.place, 0, 6 * sizeof(void*));
         }
-        for (u64 before = ~0ull; m.n_done < n_threads;) {
-            // Whoever gets on ends or comes to a barrier.
-            u64 progress = m.n_done + m.block.round + m.block.waiting;
-            for (u32 w = 0; w < n_threads / 32; w++) progress += m.warps[w].round * 32 + m.warps[w].waiting;
-            if (progress == before) return "threads wait for others of their block or warp that never come";
-            before = progress;
-            if (random_number() % 4 == 0) {
-                for (u32 i = n_threads - 1; i > 0; i--) std::swap(order[i], order[random_number() % (i + 1)]);
-            }
-            for (u32 i : order) {
-                if (m.fibers[i].is_done) continue;
+        while (m.n_done < n_threads) {
+            bool is_stuck = true;
+            // Another order each time: from anywhere, in steps that have no divisor in common with the number of threads,
+            // a power of two, or three of them.
+            const u32 first = random_number() % n_threads, step = random_number() % 16 * 6 + 1;
+            for (u32 turn = 0; turn < n_threads; turn++) {
+                const u32 i = (first + turn * step) % n_threads;
+                const Fiber& fiber = m.fibers[i];
+                if (fiber.is_done || (fiber.waits_for && fiber.waits_for->round == fiber.round)) continue;
+                is_stuck = false;
                 m.current = i;
                 threadIdx = {i, 0, 0};
                 emulator_switch(&m.scheduler, m.fibers[i].place);
                 if (m.error) return m.error;
             }
+            if (is_stuck) return "threads wait for others of their block or warp that never come";
         }
-        for (size_t i = 0; i < GUARD; i++) {
-            if (m.dynamic_shared[dynamic_bytes + i] != 0xff) return "a write beyond the shared memory";
+        for (size_t i = dynamic_bytes; i < rounded; i++) {
+            if (m.dynamic_shared[i] != 0xff) return "a write beyond the shared memory";
         }
     }
     return nullptr;
@@ -391,7 +448,7 @@ inline const char* launch(void (*body)(void**), Index grid, u32 n_threads, size_
 #ifdef EMULATOR_LIBRARY
 // What libcuda.so calls; every library of kernels has a machine of its own.
 extern "C" const char* emulator_launch(void (*body)(void**), const u32* grid, u32 n_threads, size_t dynamic_bytes,
-                                       void** arguments, u64 seed) {
-    return emulator::launch(body, {grid[0], grid[1], grid[2]}, n_threads, dynamic_bytes, arguments, seed);
+                                       void** arguments, u64 seed, size_t shared_limit) {
+    return emulator::launch(body, {grid[0], grid[1], grid[2]}, n_threads, dynamic_bytes, arguments, seed, shared_limit);
 }
 #endif

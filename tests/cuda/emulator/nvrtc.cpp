@@ -1,5 +1,6 @@
 // libnvrtc.so for the emulator: compiles CUDA sources with the C++ compiler, emulated.h before them. What was compiled once lies
 // beside this library.
+#include <atomic>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -40,9 +41,10 @@ int compile(Program& program) {
     const std::string source = "#define EMULATOR_LIBRARY\n" + read(here + "/emulated.h") + program.source;
     const std::string kept = here + "/kernels-" + std::to_string(std::hash<std::string>()(source)) + ".so";
     if (access(kept.c_str(), R_OK)) {
-        const std::string base = here + "/compiling-" + std::to_string(getpid());
+        static std::atomic<int> number;
+        const std::string base = here + "/compiling-" + std::to_string(getpid()) + "-" + std::to_string(number++);
         std::ofstream(base + ".cpp") << source;
-        const std::string flags = " -std=c++17 -O2 -fPIC -shared -Wall -Wno-unknown-pragmas -Wno-unused-function -o ";
+        const std::string flags = " -std=c++17 -O3 -fPIC -shared -Wall -Wno-unknown-pragmas -Wno-unused-function -o ";
         const std::string command = "c++" + flags + base + ".so " + base + ".cpp >" + base + ".log 2>&1";
         const int status = system(command.c_str());
         program.log = read(base + ".log");
