@@ -13,8 +13,9 @@ until address=$(grep -o '"address":"[^"]*"' "$log" | head -1 | cut -d'"' -f4) &&
   sleep 0.1
 done
 [[ $address == http* ]] || address=http://$address
-curl -fsS "$address/" | grep -q '<!doctype html>'
-curl -fsS "$address/v1/models" | grep -q english-phd-cswa-2-16-32
+# Not through a pipe: grep leaves before curl is done.
+[[ $(curl -fsS "$address/") == *"<!doctype html>"* ]]
+[[ $(curl -fsS "$address/v1/models") == *english-phd-cswa-2-16-32* ]]
 answer=$(curl -fsS "$address/completion" -d '{"prompt": "In the beginning", "n_predict": 8, "temperature": 0}')
 grep -q '"tokens_predicted":8' <<<"$answer" || { echo "serve: $answer" >&2; exit 1; }
 echo "serve: passed"
