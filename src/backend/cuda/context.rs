@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use super::driver::{Buffer, Event, Graph, Grid, Pinned, Stream};
 use super::params::{
@@ -145,6 +145,16 @@ impl Input {
 
 const SCRATCH: &str = "scratch in device memory";
 
+fn float_bytes(what: &'static str, rows: usize, width: usize) -> Result<usize> {
+    let bytes = rows.checked_mul(width).and_then(|n| n.checked_mul(4));
+    bytes.ok_or(Error::OutOfMemory { what, bytes: usize::MAX })
+}
+
+/// A panic elsewhere leaves nothing half done behind these locks.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(|e| e.into_inner())
+}
+
 /// What the kernels work on. Its methods queue work and return; [`CudaContext`] waits for it.
 struct Step {
     // Dropped first: it waits for what is queued before the memory goes.
@@ -228,15 +238,8 @@ impl CudaContext {
         let layout = options.layout;
         let rows = options.max_rows;
         let row_bytes = row_bytes(options.cache_type, h.kv_dim());
-        let scratch = |rows: usize, width: usize| {
-            let what = SCRATCH;
-            let bytes = rows.checked_mul(width).and_then(|n| n.checked_mul(4));
-            Buffer::new(&model.device, what, bytes.ok_or(Error::OutOfMemory { what, bytes: usize::MAX })?)
-        };
-        let host = |what, rows: usize, width: usize| {
-            let bytes = rows.checked_mul(width).and_then(|n| n.checked_mul(4));
-            Pinned::new(&model.device, what, bytes.ok_or(Error::OutOfMemory { what, bytes: usize::MAX })?)
-        };
+        let scratch = |rows, width| Buffer::new(&model.device, SCRATCH, float_bytes(SCRATCH, rows, width)?);
+        let host = |what, rows, width| Pinned::new(&model.device, what, float_bytes(what, rows, width)?);
         let n_blocks = layout.n_blocks * layout.n_sequences;
         let plan_bytes = plan::capacity(&h, rows, layout.n_sequences, n_blocks);
         if plan_bytes > u32::MAX as usize {
@@ -386,7 +389,7 @@ impl CudaContext {
     /// Copies a row of logits to the host, unless it is there.
     fn bring(&self, row: usize) {
         let n = self.step.model.hyper.n_vocab * 4;
-        let _one_at_a_time = self.row.lock().unwrap_or_else(|e| e.into_inner());
+        let _one_at_a_time = lock(&self.row);
         if self.rows[row].is_here.load(Ordering::Acquire) {
             return;
         }
@@ -405,7 +408,7 @@ impl CudaContext {
         let done = self.step.model.device.enter().and_then(|_entered| work(&self.step));
         if let Err(e) = done {
             log::error!("{e}");
-            self.deferred.lock().unwrap_or_else(|e| e.into_inner()).get_or_insert(e);
+            lock(&self.deferred).get_or_insert(e);
         }
     }
 }
@@ -453,7 +456,7 @@ impl Step {
             let lists = &shape.layers[i];
             self.attention(shape, i, layer, lists)?;
             let n_keep = lists.keep.len();
-            let mut gemm = self.gemm.lock().unwrap_or_else(|e| e.into_inner());
+            let mut gemm = lock(&self.gemm);
             let out = self.out.address();
             // SAFETY: as above.
             unsafe {
@@ -539,7 +542,7 @@ impl Step {
         let base = self.plan.address();
         let (n_enter, n_keep) = (lists.enter.len(), lists.keep.len());
         let (q, k, v) = (self.q.address(), self.k.address(), self.v.address());
-        let mut gemm = self.gemm.lock().unwrap_or_else(|e| e.into_inner());
+        let mut gemm = lock(&self.gemm);
         let three = [(&layer.q, q), (&layer.k, k), (&layer.v, v)];
         // SAFETY: see `layers`.
         unsafe { model.linear(&self.stream, self.input.from(0), &three, n_enter, gemm.as_mut())? };
@@ -615,7 +618,7 @@ impl Step {
             self.stream.launch(kernel, grid, &attention)?;
             self.stream.launch(model.kernels.attention_merge, Self::by_row(n_keep, h.q_dim()), &merge)?;
         }
-        if self.options.layout.ring_capacity > 0 && fresh.k != 0 {
+        if self.options.layout.ring_capacity > 0 {
             let keep = KeepParams {
                 rows,
                 enter,
@@ -652,7 +655,7 @@ impl Step {
             return Ok(());
         }
         let head = [(&self.model.weights.head, self.head.address())];
-        let mut gemm = self.gemm.lock().unwrap_or_else(|e| e.into_inner());
+        let mut gemm = lock(&self.gemm);
         // SAFETY: see `layers`.
         unsafe { self.model.linear(&self.stream, self.input.from(first), &head, n, gemm.as_mut())? };
         let Some(tops) = &self.tops else { return Ok(()) };
@@ -757,7 +760,7 @@ impl Context for CudaContext {
     }
 
     fn read_row(&self, layer: usize, row: usize, k: &mut [u8], v: &mut [u8]) {
-        let mut buffer = self.row.lock().unwrap_or_else(|e| e.into_inner());
+        let mut buffer = lock(&self.row);
         self.defer(|step| {
             for (part, out) in [k, v].into_iter().enumerate() {
                 // SAFETY: a row of the cache; waited for right here.
@@ -773,7 +776,7 @@ impl Context for CudaContext {
     }
 
     fn write_row(&mut self, layer: usize, row: usize, k: &[u8], v: &[u8]) {
-        let mut buffer = self.row.lock().unwrap_or_else(|e| e.into_inner());
+        let mut buffer = lock(&self.row);
         self.defer(|step| {
             for (part, bytes) in [k, v].into_iter().enumerate() {
                 match step.options.cache_type {
@@ -795,7 +798,7 @@ impl Context for CudaContext {
             &s.plan,
         ];
         let inputs = [&s.input, &s.attended, &s.activated];
-        let gemm = s.gemm.lock().unwrap_or_else(|e| e.into_inner());
+        let gemm = lock(&s.gemm);
         ContextMemory {
             cache: s.cache.buffer.bytes(),
             hidden: s.rings.buffer.bytes(),

@@ -29,6 +29,12 @@ use crate::tensor::DType;
 /// Columns of activations that a `linear_*` kernel takes at once, in tiles of 8 (the number in its name), and the rows that makes:
 /// up to 16 rows as two bf16 parts each, above as one.
 const WIDTHS: [(usize, usize); 4] = [(1, 4), (2, 8), (4, 16), (8, 64)];
+/// The narrowest of [`WIDTHS`] for so many rows, or the widest; exact ones have both parts.
+fn width(rows: usize, is_exact: bool) -> (usize, usize) {
+    let widths = if is_exact { &WIDTHS[..WIDTHS.len() - 1] } else { &WIDTHS[..] };
+    *widths.iter().find(|(_, n)| rows <= *n).unwrap_or(&widths[widths.len() - 1])
+}
+
 /// Rows above which a GEMM library pays.
 const FEW_ROWS: usize = 64;
 /// Rows to a group of `linear_f32`.
@@ -38,7 +44,7 @@ const THREADS: u32 = 256;
 /// A device that has been asked for, and found fit.
 pub struct Opened {
     device: Arc<Device>,
-    module: Arc<Module>,
+    module: Module,
 }
 
 /// Finds the device and compiles the kernels for it.
@@ -47,7 +53,7 @@ pub struct Opened {
 /// `Backend` with the reason: no driver, no device, one too old, no NVRTC.
 pub fn open(ordinal: i32) -> Result<Opened> {
     let device = Device::open(ordinal)?;
-    let module = Arc::new(Module::load(&device, &compile::kernels(device.arch)?)?);
+    let module = Module::load(&device, &compile::kernels(device.arch)?)?;
     Ok(Opened { device, module })
 }
 
@@ -76,7 +82,7 @@ pub struct Cuda {
     kernels: Kernels,
     gemm: Option<Arc<Gemm>>,
     /// Keeps the kernels loaded.
-    _module: Arc<Module>,
+    _module: Module,
     device: Arc<Device>,
 }
 
@@ -165,10 +171,7 @@ impl Cuda {
             let dtype = same[0].0.dtype;
             let (tiles, at_once) = match dtype {
                 DType::F32 => (0, F32_ROWS),
-                _ => {
-                    let widths = if self.is_exact { &WIDTHS[..WIDTHS.len() - 1] } else { &WIDTHS[..] };
-                    *widths.iter().find(|(_, n)| rows <= *n).unwrap_or(&widths[widths.len() - 1])
-                }
+                _ => width(rows, self.is_exact),
             };
             let mut parameters = LinearParams {
                 x,

@@ -33,7 +33,8 @@
 
 use crate::tensor::DType;
 
-const STRIP: usize = 16;
+/// Outputs of a strip.
+pub const STRIP: usize = 16;
 const UNIT: usize = 32;
 /// Bytes of a chunk's four-bit values.
 const QUARTERS: usize = 512;
@@ -45,19 +46,8 @@ pub fn is_packed(dtype: DType) -> bool {
 }
 
 /// The type in the names of kernels.
-pub fn type_name(dtype: DType) -> &'static str {
-    match dtype {
-        DType::F32 => "f32",
-        DType::F16 => "f16",
-        DType::BF16 => "bf16",
-        DType::Q8_0 => "q8_0",
-        DType::Q4_0 => "q4_0",
-        DType::Q4_1 => "q4_1",
-        DType::Q4_K => "q4_k",
-        DType::Q5_K => "q5_k",
-        DType::Q6_K => "q6_k",
-        _ => unreachable!("no kernels for {dtype}"),
-    }
+pub fn type_name(dtype: DType) -> String {
+    dtype.name().to_lowercase()
 }
 
 /// Inputs of a part of a strip, and its bytes.

@@ -6,7 +6,7 @@ use super::driver::{Buffer, Device, Grid, Module, Stream};
 use super::pack::{matrix_bytes, pack_strip, strip_bytes, type_name};
 use super::params::{Activations, LinearParams, Matrix, Params, ResidualParams};
 use super::weights::STRIP;
-use super::{F32_ROWS, THREADS, WIDTHS, compile};
+use super::{F32_ROWS, THREADS, compile, width};
 use crate::backend::testing::{Noise, weights};
 use crate::tensor::{DType, dequantize_row};
 
@@ -114,7 +114,7 @@ fn linear_layers_of_every_type() {
                 let (name, at_once) = match dtype {
                     DType::F32 => ("linear_f32".to_owned(), F32_ROWS),
                     _ => {
-                        let (tiles, at_once) = *WIDTHS.iter().find(|w| rows <= w.1).unwrap_or(&WIDTHS[3]);
+                        let (tiles, at_once) = width(rows, false);
                         (format!("linear_{}_{tiles}", type_name(dtype)), at_once)
                     }
                 };

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::driver::{Buffer, Device, Event, Pinned, Stream};
-pub use super::pack::strip_bytes;
+pub use super::pack::{STRIP, strip_bytes};
 use super::pack::{is_packed, matrix_bytes, pack_strip};
 use super::params::Address;
 use crate::checkpoint::TensorView;
@@ -11,8 +11,6 @@ use crate::error::{Error, Result};
 use crate::model::{Linear, Weights};
 use crate::tensor::{DType, dequantize_row, quantize_row};
 
-/// Outputs of a strip.
-pub const STRIP: usize = 16;
 /// Where matrices and vectors begin.
 const ALIGNMENT: usize = 256;
 /// Bytes that are packed while as many are copied.
@@ -277,7 +275,7 @@ fn pack_rows(from: DType, matrix: &DeviceMatrix, rows: &[u8], out: &mut [u8]) {
         return pack_strip(from, matrix.n_in, rows, out);
     }
     let n_in = matrix.n_in;
-    let row_bytes = n_in / from.block_len() * from.block_bytes();
+    let row_bytes = from.row_bytes(n_in).expect("whole blocks");
     let mut floats = vec![0.0; n_in];
     let mut converted = vec![0; rows.len() / row_bytes * n_in * 2];
     for (row, out) in rows.chunks_exact(row_bytes).zip(converted.chunks_exact_mut(n_in * 2)) {
