@@ -317,31 +317,28 @@ unsafe fn gemm<S: Simd>(
 ) {
     // SAFETY: blocks stay within rows and columns.
     unsafe {
-        let mut column = 0;
-        while column < columns {
-            let left = (columns - column) / S::LANES;
-            let vectors = if left >= 4 {
-                4
-            } else if left >= 2 {
-                2
-            } else {
-                1
-            };
-            let mut row = 0;
-            while row < rows {
-                let m = (rows - row).min(S::QUERY_ROWS);
+        let mut row = 0;
+        while row < rows {
+            // Blocks of like heights: one row alone would wait for its own sums.
+            let left = rows - row;
+            let m = left.div_ceil(left.div_ceil(6));
+            let at_once = (S::QUERY_SUMS / m).min(4);
+            let mut column = 0;
+            while column < columns {
+                let vectors = ((columns - column) / S::LANES).min(at_once);
                 // Once is enough; afterwards a line that is there anyway costs less than a branch.
                 let ahead = next.take().map_or((b.cast(), 0), |p| (p, 2 * LINE));
                 let (a, b, c) = (a.add(row * lda), b.add(column), c.add(row * ldc + column));
                 let block = Block { a, lda, b, ldb, c, ldc, ahead };
                 match vectors {
                     4 => block.rows::<S, 4>(m, depth, accumulate),
+                    3 => block.rows::<S, 3>(m, depth, accumulate),
                     2 => block.rows::<S, 2>(m, depth, accumulate),
                     _ => block.rows::<S, 1>(m, depth, accumulate),
                 }
-                row += m;
+                column += vectors * S::LANES;
             }
-            column += vectors * S::LANES;
+            row += m;
         }
     }
 }
@@ -376,7 +373,7 @@ impl Block {
     /// M rows by V vectors, held in registers over the whole depth.
     #[inline(always)]
     unsafe fn product<S: Simd, const M: usize, const V: usize>(&self, depth: usize, accumulate: bool) {
-        if M > S::QUERY_ROWS {
+        if M * V > S::QUERY_SUMS {
             return; // never asked for
         }
         // SAFETY: the caller's.

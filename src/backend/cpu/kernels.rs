@@ -231,26 +231,33 @@ unsafe fn i32_at(p: *const u32, i: usize) -> i32 {
 /// # Safety
 /// As for [`tile`].
 #[inline(always)]
-unsafe fn add_quad<S: Simd, const K: usize>(s: &mut [S::I; K], weights: S::B, x: *const i32, quad: usize) {
+unsafe fn add_quad<S: Simd, const K: usize>(s: &mut [S::P; K], weights: S::B, x: *const i32, quad: usize) {
     for k in 0..K {
         // SAFETY: a block has 8 quads of K rows.
         unsafe { s[k] = S::dot(s[k], weights, x.add(quad * K + k).read_unaligned()) };
     }
 }
 
-/// Adds a block's integer sums, scaled by the weights' and the activations' scales.
+/// See [`Simd::carry`].
 ///
 /// # Safety
 /// As for [`tile`].
 #[inline(always)]
-unsafe fn add_scaled<S: Simd, const K: usize>(acc: &mut [S::F; K], s: &[S::I; K], scale: S::F, scales: *const u32) {
+unsafe fn carry<S: Simd, const K: usize>(s: &mut [S::P; K], carried: &mut [S::I; K]) {
     for k in 0..K {
-        // SAFETY: K words of a block.
-        unsafe {
-            let scale = S::mul(scale, S::splat(f32_at(scales, k)));
-            acc[k] = S::fma(scale, S::to_f(s[k]), acc[k]);
-        }
+        // SAFETY: the caller's.
+        (s[k], carried[k]) = unsafe { S::carry(s[k], carried[k]) };
     }
+}
+
+/// Adds row `k`'s integer sum over a block, scaled by the weights' and the activations' scales.
+///
+/// # Safety
+/// As for [`tile`].
+#[inline(always)]
+unsafe fn add_scaled<S: Simd>(acc: &mut S::F, sum: S::I, scale: S::F, scales: *const u32, k: usize) {
+    // SAFETY: a word for each row.
+    unsafe { *acc = S::fma(S::mul(scale, S::splat(f32_at(scales, k))), S::to_f(sum), *acc) };
 }
 
 /// Q4_0 and, with a minimum, Q4_1.
@@ -269,10 +276,10 @@ unsafe fn tile_4<S: Simd, const K: usize, const HAS_MIN: bool>(t: &Tile) {
             let mut zeros = t.plane::<K>(meta::ZERO_8);
             let mut sums = t.plane::<K>(meta::SUM);
             for _ in 0..t.n_in / 32 {
-                let mut s = [S::splat_i(0); K];
+                let mut s = [S::begin(0); K];
                 if !HAS_MIN {
                     for k in 0..K {
-                        s[k] = S::splat_i(i32_at(zeros, k));
+                        s[k] = S::begin(i32_at(zeros, k));
                     }
                 }
                 repeat!([0 1 2 3] Q => {
@@ -286,7 +293,10 @@ unsafe fn tile_4<S: Simd, const K: usize, const HAS_MIN: bool>(t: &Tile) {
                     add_quad::<S, K>(&mut s, high, x, 4 + Q);
                 });
                 let d = S::load_f16(w.add(256 + 2 * lane).cast());
-                add_scaled::<S, K>(&mut acc, &s, d, scales);
+                for k in 0..K {
+                    let zero = if HAS_MIN { 0 } else { i32_at(zeros, k) };
+                    add_scaled::<S>(&mut acc[k], S::end(s[k], S::splat_i(0), zero), d, scales, k);
+                }
                 if HAS_MIN {
                     let min = S::load_f16(w.add(288 + 2 * lane).cast());
                     for k in 0..K {
@@ -334,7 +344,9 @@ unsafe fn tile_8<S: Simd, const K: usize>(t: &Tile) {
                     }
                 });
                 let d = S::load_f16(w.add(512 + 2 * lane).cast());
-                add_scaled::<S, K>(&mut acc, &s, d, scales);
+                for k in 0..K {
+                    add_scaled::<S>(&mut acc[k], s[k], d, scales, k);
+                }
                 w = w.add(544);
                 x = x.add(8 * K);
                 scales = scales.add(K);
@@ -366,7 +378,7 @@ unsafe fn tile_4_k<S: Simd, const K: usize, const HAS_HIGH: bool>(t: &Tile) {
                 let dmin = S::mul(S::load_f16(w.add(32 + 2 * lane).cast()), S::splat(-1.0));
                 w = w.add(64);
                 for _ in 0..8 {
-                    let mut s = [S::splat_i(0); K];
+                    let (mut s, mut carried) = ([S::begin(0); K], [S::splat_i(0); K]);
                     let q = w.add(32);
                     repeat!([0 1 2 3] Q => {
                         if lane == 0 {
@@ -383,11 +395,14 @@ unsafe fn tile_4_k<S: Simd, const K: usize, const HAS_HIGH: bool>(t: &Tile) {
                         }
                         add_quad::<S, K>(&mut s, low, x, Q);
                         add_quad::<S, K>(&mut s, high, x, 4 + Q);
+                        if HAS_HIGH && Q == 1 {
+                            carry::<S, K>(&mut s, &mut carried);
+                        }
                     });
                     let scale = S::mul(d, S::load_u8(w.add(lane)));
                     let min = S::mul(dmin, S::load_u8(w.add(TILE + lane)));
-                    add_scaled::<S, K>(&mut acc, &s, scale, scales);
                     for k in 0..K {
+                        add_scaled::<S>(&mut acc[k], S::end(s[k], carried[k], 0), scale, scales, k);
                         acc[k] = S::fma(min, S::splat(f32_at(sums, k)), acc[k]);
                     }
                     w = w.add(block);
@@ -425,9 +440,9 @@ unsafe fn tile_6_k<S: Simd, const K: usize>(t: &Tile) {
                     let scale =
                         [S::mul(d, S::load_i8(w.add(lane).cast())), S::mul(d, S::load_i8(w.add(TILE + lane).cast()))];
                     repeat!([0 1] HALF => {
-                        let mut s = [S::splat_i(0); K];
+                        let (mut s, mut carried) = ([S::begin(0); K], [S::splat_i(0); K]);
                         for k in 0..K {
-                            s[k] = S::splat_i(i32_at(zeros[HALF], k));
+                            s[k] = S::begin(i32_at(zeros[HALF], k));
                         }
                         let plane = S::load_b(q.add(256 + 64 * HALF + 4 * lane));
                         repeat!([0 1 2 3] Q => {
@@ -443,8 +458,14 @@ unsafe fn tile_6_k<S: Simd, const K: usize>(t: &Tile) {
                             let high = S::bits(plane, [4, 2, 0, 0][Q], [0, 0, 0, 2][Q], 48);
                             let v = S::or(low, high);
                             add_quad::<S, K>(&mut s, v, x, 4 * HALF + Q);
+                            if Q == 1 {
+                                carry::<S, K>(&mut s, &mut carried);
+                            }
                         });
-                        add_scaled::<S, K>(&mut acc, &s, scale[HALF], scales);
+                        for k in 0..K {
+                            let sum = S::end(s[k], carried[k], i32_at(zeros[HALF], k));
+                            add_scaled::<S>(&mut acc[k], sum, scale[HALF], scales, k);
+                        }
                     });
                     w = w.add(416);
                     x = x.add(8 * K);
@@ -678,7 +699,7 @@ unsafe fn read<S: Simd>(bytes: &[u8]) -> i32 {
             }
         }
         let seen = S::or(S::or(seen[0], seen[1]), S::or(seen[2], seen[3]));
-        S::reduce_add_i(S::dot(S::splat_i(0), S::bits(seen, 0, 0, 1), 0x0101_0101))
+        S::reduce_add_i(S::end(S::dot(S::begin(0), S::bits(seen, 0, 0, 1), 0x0101_0101), S::splat_i(0), 0))
     }
 }
 

@@ -17,7 +17,7 @@ macro_rules! avx2 {
             const LANES: usize = 8;
             const INT_ROWS: usize = 4;
             const FLOAT_ROWS: usize = 3;
-            const QUERY_ROWS: usize = 2;
+            const QUERY_SUMS: usize = 12;
 
             type F = __m256;
             type I = __m256i;
@@ -149,6 +149,20 @@ macro_rules! avx2 {
 
 avx2! {
     Avx2Vnni,
+    type P = __m256i;
+
+    #[inline(always)]
+    unsafe fn begin(zero: i32) -> __m256i {
+        Self::splat_i(zero)
+    }
+    #[inline(always)]
+    unsafe fn carry(sum: __m256i, carried: __m256i) -> (__m256i, __m256i) {
+        (sum, carried)
+    }
+    #[inline(always)]
+    unsafe fn end(sum: __m256i, _carried: __m256i, _zero: i32) -> __m256i {
+        sum
+    }
     #[inline(always)]
     unsafe fn dot(sum: __m256i, w: __m256i, x: i32) -> __m256i {
         _mm256_dpbusd_avx_epi32(sum, w, _mm256_set1_epi32(x))
@@ -165,11 +179,26 @@ avx2! {
 
 avx2! {
     Avx2,
+    // i16, two to an element: 2 * 8 products of 15 * 127 fit, or 2 * 4 of 31 * 127, or 2 * 2 of 63 * 127. Widening each time would
+    // take half as many instructions again.
+    type P = __m256i;
+
+    #[inline(always)]
+    unsafe fn begin(_zero: i32) -> __m256i {
+        _mm256_setzero_si256()
+    }
     #[inline(always)]
     unsafe fn dot(sum: __m256i, w: __m256i, x: i32) -> __m256i {
-        // Two products of at most 127 * 127 fit into 16 bits.
-        let pairs = _mm256_maddubs_epi16(w, _mm256_set1_epi32(x));
-        _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))
+        _mm256_add_epi16(sum, _mm256_maddubs_epi16(w, _mm256_set1_epi32(x)))
+    }
+    #[inline(always)]
+    unsafe fn carry(sum: __m256i, carried: __m256i) -> (__m256i, __m256i) {
+        (_mm256_setzero_si256(), Self::end(sum, carried, 0))
+    }
+    #[inline(always)]
+    unsafe fn end(sum: __m256i, carried: __m256i, zero: i32) -> __m256i {
+        let sum = _mm256_madd_epi16(sum, _mm256_set1_epi16(1));
+        _mm256_add_epi32(_mm256_add_epi32(sum, carried), _mm256_set1_epi32(zero))
     }
     #[inline(always)]
     unsafe fn biased_start(_zero: i32) -> __m256i {

@@ -12,10 +12,11 @@ impl Simd for Avx512Vnni {
     const LANES: usize = 16;
     const INT_ROWS: usize = 12;
     const FLOAT_ROWS: usize = 6;
-    const QUERY_ROWS: usize = 6;
+    const QUERY_SUMS: usize = 24;
 
     type F = __m512;
     type I = __m512i;
+    type P = __m512i;
     type B = __m512i;
 
     #[inline(always)]
@@ -125,6 +126,18 @@ impl Simd for Avx512Vnni {
     #[inline(always)]
     unsafe fn or(a: __m512i, b: __m512i) -> __m512i {
         _mm512_or_si512(a, b)
+    }
+    #[inline(always)]
+    unsafe fn begin(zero: i32) -> __m512i {
+        Self::splat_i(zero)
+    }
+    #[inline(always)]
+    unsafe fn carry(sum: __m512i, carried: __m512i) -> (__m512i, __m512i) {
+        (sum, carried)
+    }
+    #[inline(always)]
+    unsafe fn end(sum: __m512i, _carried: __m512i, _zero: i32) -> __m512i {
+        sum
     }
     #[inline(always)]
     unsafe fn dot(sum: __m512i, w: __m512i, x: i32) -> __m512i {

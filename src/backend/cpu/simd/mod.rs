@@ -19,8 +19,8 @@ pub trait Simd: Copy {
     /// Activation rows that one integer kernel can hold in registers, and one float kernel.
     const INT_ROWS: usize;
     const FLOAT_ROWS: usize;
-    /// Query rows of the attention's matrix product, whose other side is four vectors wide.
-    const QUERY_ROWS: usize;
+    /// Vectors of sums that the attention's matrix product can hold in registers, for up to six query rows.
+    const QUERY_SUMS: usize;
 
     /// f32 x LANES
     type F: Copy;
@@ -28,6 +28,8 @@ pub trait Simd: Copy {
     type I: Copy;
     /// u8 x 4 LANES
     type B: Copy;
+    /// A running sum of [`Simd::dot`]: i32 x LANES, or narrower where the CPU has no instruction that adds four products to 32 bits.
+    type P: Copy;
 
     unsafe fn splat(x: f32) -> Self::F;
     unsafe fn load(p: *const f32) -> Self::F;
@@ -64,8 +66,14 @@ pub trait Simd: Copy {
     /// `(byte << left >> right) & mask`, where mask has no bit that came from a neighbouring byte.
     unsafe fn bits(x: Self::B, left: i32, right: i32, mask: u8) -> Self::B;
     unsafe fn or(a: Self::B, b: Self::B) -> Self::B;
-    /// Adds to each element the product of its four bytes of `w`, unsigned and below 128, with the four signed bytes of `x`.
-    unsafe fn dot(sum: Self::I, w: Self::B, x: i32) -> Self::I;
+    /// What a sum over [`Simd::dot`] begins with; [`Simd::end`] is told the same `zero`, which one of the two adds.
+    unsafe fn begin(zero: i32) -> Self::P;
+    /// Adds to each element the products of its four bytes of `w`, unsigned, with the four signed bytes of `x`, at most 127 large. Between
+    /// [`Simd::begin`] or [`Simd::carry`] and the next `carry` or `end`: 8 times for `w` of up to 4 bits, 4 times for 5, twice for 6.
+    unsafe fn dot(sum: Self::P, w: Self::B, x: i32) -> Self::P;
+    /// Takes what is in `sum` to `carried`, where `sum` is too narrow to go on; both make up the sum.
+    unsafe fn carry(sum: Self::P, carried: Self::I) -> (Self::P, Self::I);
+    unsafe fn end(sum: Self::P, carried: Self::I, zero: i32) -> Self::I;
     /// What a sum over [`Simd::dot_biased`] begins with; `zero` is -128 times the sum of all x.
     unsafe fn biased_start(zero: i32) -> Self::I;
     /// The same for signed weights that are stored with 128 added.

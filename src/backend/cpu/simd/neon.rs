@@ -21,10 +21,11 @@ impl Simd for NeonDot {
     const LANES: usize = 4;
     const INT_ROWS: usize = 8;
     const FLOAT_ROWS: usize = 6;
-    const QUERY_ROWS: usize = 6;
+    const QUERY_SUMS: usize = 24;
 
     type F = float32x4_t;
     type I = int32x4_t;
+    type P = int32x4_t;
     type B = uint8x16_t;
 
     #[inline(always)]
@@ -140,6 +141,18 @@ impl Simd for NeonDot {
     #[inline(always)]
     unsafe fn or(a: uint8x16_t, b: uint8x16_t) -> uint8x16_t {
         vorrq_u8(a, b)
+    }
+    #[inline(always)]
+    unsafe fn begin(zero: i32) -> int32x4_t {
+        Self::splat_i(zero)
+    }
+    #[inline(always)]
+    unsafe fn carry(sum: int32x4_t, carried: int32x4_t) -> (int32x4_t, int32x4_t) {
+        (sum, carried)
+    }
+    #[inline(always)]
+    unsafe fn end(sum: int32x4_t, _carried: int32x4_t, _zero: i32) -> int32x4_t {
+        sum
     }
     #[inline(always)]
     unsafe fn dot(sum: int32x4_t, w: uint8x16_t, x: i32) -> int32x4_t {

@@ -33,10 +33,11 @@ impl Simd for Plain {
     const LANES: usize = N;
     const INT_ROWS: usize = 4;
     const FLOAT_ROWS: usize = 2;
-    const QUERY_ROWS: usize = 2;
+    const QUERY_SUMS: usize = 8;
 
     type F = [f32; N];
     type I = [i32; N];
+    type P = [i32; N];
     type B = [u8; 4 * N];
 
     #[inline(always)]
@@ -144,6 +145,18 @@ impl Simd for Plain {
     unsafe fn or(mut a: [u8; 4 * N], b: [u8; 4 * N]) -> [u8; 4 * N] {
         a.iter_mut().zip(b).for_each(|(a, b)| *a |= b);
         a
+    }
+    #[inline(always)]
+    unsafe fn begin(zero: i32) -> [i32; N] {
+        Self::splat_i(zero)
+    }
+    #[inline(always)]
+    unsafe fn carry(sum: [i32; N], carried: [i32; N]) -> ([i32; N], [i32; N]) {
+        (sum, carried)
+    }
+    #[inline(always)]
+    unsafe fn end(sum: [i32; N], _carried: [i32; N], _zero: i32) -> [i32; N] {
+        sum
     }
     #[inline(always)]
     unsafe fn dot(mut sum: [i32; N], w: [u8; 4 * N], x: i32) -> [i32; N] {
