@@ -127,12 +127,14 @@ KERNEL(keep_hidden, KeepParams, 128) {
 // The keys of a block: a tile's stored rows in a split, then its hidden tokens if the split is the last.
 struct Keys {
     u32 from, to;               // stored rows
-    u32 hidden_from, hidden_to; // hidden tokens
+    u32 hidden_from, hidden_to; // hidden tokens; from a multiple of the step's length
+    u32 hidden_low;             // those before this one are seen by nobody and may be gone
 };
 
 // Some of them, stored or hidden.
 struct Step {
     u32 first, n;
+    u32 low; // for numbers below it, this one is read
     bool is_hidden;
 };
 
@@ -142,18 +144,19 @@ struct Place {
     const u8* v;
 };
 
-DEVICE Keys keys_of(const AttentionParams& p, const Tile& tile) {
+// In steps of up to `most` keys.
+DEVICE Keys keys_of(const AttentionParams& p, const Tile& tile, u32 most) {
     const u32 split = blockIdx.z;
-    const u32 length = ((tile.stored + p.splits - 1) / p.splits + 63) / 64 * 64;
     Keys keys;
-    keys.from = umin(split * length, tile.stored);
-    keys.to = umin(keys.from + length, tile.stored);
-    keys.hidden_from = tile.hidden_from;
-    keys.hidden_to = split + 1 == p.splits ? tile.hidden_to : tile.hidden_from;
+    keys.from = umin(split * tile.split, tile.stored);
+    keys.to = umin(keys.from + tile.split, tile.stored);
+    keys.hidden_low = tile.hidden_from;
+    keys.hidden_from = tile.hidden_from / most * most;
+    const bool has_hidden = split + 1 == p.splits && tile.hidden_from < tile.hidden_to;
+    keys.hidden_to = has_hidden ? tile.hidden_to : keys.hidden_from;
     return keys;
 }
 
-// Steps of up to `most` keys.
 DEVICE u32 count_steps(const Keys& keys, u32 most) {
     return (keys.to - keys.from + most - 1) / most + (keys.hidden_to - keys.hidden_from + most - 1) / most;
 }
@@ -164,6 +167,7 @@ DEVICE Step step_of(const Keys& keys, u32 most, u32 index) {
     step.is_hidden = index >= n_stored;
     step.first = step.is_hidden ? keys.hidden_from + (index - n_stored) * most : keys.from + index * most;
     step.n = umin((step.is_hidden ? keys.hidden_to : keys.to) - step.first, most);
+    step.low = step.is_hidden ? keys.hidden_low : 0;
     return step;
 }
 
@@ -200,7 +204,7 @@ DEVICE Query query_of(const AttentionParams& p, const Tile& tile, u32 index) {
     const u32 enter = p.keep[keep];
     Query query;
     query.q = p.q + ((u64)enter * p.n_heads + head) * p.head_dim;
-    query.partial = p.partial + (((u64)keep * p.n_heads + head) * p.splits + blockIdx.z) * (p.head_dim + 2);
+    query.partial = p.partial + (((u64)(keep - p.first) * p.n_heads + head) * p.splits + blockIdx.z) * (p.head_dim + 2);
     query.row = p.rows[p.enter[enter]];
     return query;
 }
@@ -245,15 +249,15 @@ constexpr u32 PLAIN_LANE_DIM = 8; // dimensions of the output in a lane: head_di
 // together. Dynamic shared memory: (16 * head_dim + 64 * (head_dim | 1)) floats.
 KERNEL(attention_plain, AttentionParams, 128) {
     DYNAMIC_SHARED(float, shared);
-    if (blockIdx.x >= p.n_tiles) return;
+    const Tile tile = p.tiles[blockIdx.x];
+    if (tile.first - p.first >= p.n) return;
     const u32 dim = p.head_dim, stride = dim | 1; // an odd stride: a lane's key in a bank of its own
     float* q = shared;                            // (query of the 16, dim), scaled
     float* k = q + 16 * dim;                      // (key, stride)
     float* v = k + PLAIN_KEYS * stride;           // (key, stride)
     const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const Tile tile = p.tiles[blockIdx.x];
     const Entry entry = p.entries[tile.entry];
-    const Keys keys = keys_of(p, tile);
+    const Keys keys = keys_of(p, tile, PLAIN_KEYS);
     const u32 n_queries = tile.n * (p.n_heads / p.n_kv_heads), n_steps = count_steps(keys, PLAIN_KEYS);
 
     for (u32 first = 0; first < n_queries; first += 16) {
@@ -276,7 +280,7 @@ KERNEL(attention_plain, AttentionParams, 128) {
                     for (u32 i = lane; i < dim; i += 32) k[key * stride + i] = 0; // its value will not be looked at
                     continue;
                 }
-                const Place place = place_of(p, entry, step.is_hidden, step.first + key);
+                const Place place = place_of(p, entry, step.is_hidden, umax(step.first + key, step.low));
                 for (u32 i = lane; i < dim; i += 32) {
                     const u32 at = blockIdx.y * dim + i;
                     k[key * stride + i] = decode(place.k, at, p.cache_type, p.n_kv_heads * dim);
@@ -384,7 +388,7 @@ DEVICE void attend(const AttentionParams& p, const Tile& tile, u32 n_queries, u8
     const u32 first_query = GROUPS == 1 ? 0 : warp * 16, first_group = GROUPS == 1 ? warp : 0;
     const bool is_q8 = p.cache_type == CACHE_Q8_0, has_queries = first_query < n_queries;
     const Entry entry = p.entries[tile.entry];
-    const Keys keys = keys_of(p, tile);
+    const Keys keys = keys_of(p, tile, MMA_KEYS);
     const u32 n_steps = count_steps(keys, MMA_KEYS);
 
     // Queries as fragments, scaled, hi + lo; a lane has parts of the rows lane / 4 and lane / 4 + 8.
@@ -414,7 +418,7 @@ DEVICE void attend(const AttentionParams& p, const Tile& tile, u32 n_queries, u8
         if (index >= n_steps) return;
         const Step step = step_of(keys, MMA_KEYS, index);
         // Those beyond the last repeat it: what has no weight must still be a number.
-        const u32 number = step.first + umin(warp * 16 + lane % 16, step.n - 1);
+        const u32 number = umax(step.first + umin(warp * 16 + lane % 16, step.n - 1), step.low);
         place = place_of(p, entry, step.is_hidden, number);
         const u32 head = blockIdx.y * DIM * (is_q8 ? 1 : 2);
         place.k += head;
@@ -574,10 +578,11 @@ DEVICE void attend(const AttentionParams& p, const Tile& tile, u32 n_queries, u8
 // Attention on tensor cores over an f16 or q8_0 cache, for tiles of up to 64 queries. Dynamic shared memory:
 // 2 * MMA_BUFFER.
 template <u32 DIM> DEVICE void attention_mma(const AttentionParams& p, u8* shared) {
-    if (blockIdx.x >= p.n_tiles) return;
     const Tile tile = p.tiles[blockIdx.x];
+    if (tile.first - p.first >= p.n) return;
     const u32 n_queries = tile.n * (p.n_heads / p.n_kv_heads);
-    if (n_queries <= 16) {
+    // Warps that share queries add up in another order.
+    if (n_queries <= 16 && !p.is_invariant) {
         attend<DIM, 1>(p, tile, n_queries, shared);
     } else {
         attend<DIM, 4>(p, tile, n_queries, shared);

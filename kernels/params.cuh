@@ -102,6 +102,7 @@ struct Tile {
     u32 n;
     u32 entry;
     u32 stored;       // most stored rows that any of them sees
+    u32 split;        // of which a split has so many, a multiple of 64
     u32 hidden_from;  // hidden tokens that any of them sees; empty if hidden_from == hidden_to
     u32 hidden_to;
 };
@@ -138,8 +139,12 @@ struct QkvParams {
     float eps;
 };
 
-// Grid of attention_*: (tile, key head, split). Split i of a tile sees the stored rows i * len .. (i + 1) * len, len being
-// ceil(tile.stored / splits) rounded up to 64, and the last one also the hidden tokens.
+// Grid of attention_*: (tile, key head, split). Split i of a tile sees the stored rows i * tile.split .. (i + 1) * tile.split,
+// and the last one also the hidden tokens. Tiles of rows other than first .. first + n are left alone.
+//
+// If is_invariant, a row's results depend in no bit on the tile that it is in. Keys are taken in steps, and by warps, that begin
+// at multiples of the step's length, whatever the tile's first key is; and a key that a row does not see changes nothing: its
+// weight is 0, and the largest score and the sums remain what they were.
 struct AttentionParams {
     const float* q;      // (entering row, n_heads * head_dim)
     const Row* rows;     // (row of the pass)
@@ -152,9 +157,10 @@ struct AttentionParams {
                          // blocks[entry.blocks + i / rows_per_block] * rows_per_block + i % rows_per_block
     KeyValues ring;      // (sequence, hidden number % ring_capacity, row_bytes)
     KeyValues fresh;     // (hidden row of the pass, row_bytes)
-    float* partial;      // (row that goes on, head, split, head_dim + 2): sum of exp2(score - max) * v, then max, sum of exp2.
+    float* partial;      // (row that goes on, from `first`; head, split, head_dim + 2): sum of exp2(score - max) * v, then max, sum of exp2.
                          // score = q.k * scale * log2(e). An empty split writes max = -infinity, sum = 0 and zeros.
-    u32 n_tiles;
+    u32 first;
+    u32 n;
     u32 n_heads;
     u32 n_kv_heads;
     u32 head_dim;
@@ -163,6 +169,7 @@ struct AttentionParams {
     u32 ring_capacity;
     u32 cache_type;
     u32 row_bytes;
+    u32 is_invariant;
     float scale;         // 1 / sqrt(head_dim)
 };
 
@@ -219,10 +226,10 @@ static_assert(sizeof(GatedParams) == 64, "");
 static_assert(sizeof(BiasParams) == 24, "");
 static_assert(sizeof(Row) == 24, "");
 static_assert(sizeof(Entry) == 24, "");
-static_assert(sizeof(Tile) == 24, "");
+static_assert(sizeof(Tile) == 28, "");
 static_assert(sizeof(KeyValues) == 16, "");
 static_assert(sizeof(QkvParams) == 136, "");
-static_assert(sizeof(AttentionParams) == 152, "");
+static_assert(sizeof(AttentionParams) == 160, "");
 static_assert(sizeof(MergeParams) == 64, "");
 static_assert(sizeof(TopParams) == 40, "");
 static_assert(sizeof(KeepParams) == 72, "");

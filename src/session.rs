@@ -28,6 +28,9 @@ pub struct SessionOptions {
     /// Positions that [`Session::truncate`] takes back without recomputing hidden rows, and logits rows that speculative decoding
     /// asks for beside each sequence's own (see [`Logits::Every`]).
     pub n_draft: usize,
+    /// A sequence's results depend, in no bit, on who shares its passes, nor on where its own tokens are cut into pieces. CPUs never
+    /// trade that for speed, CUDA does without this.
+    pub batch_invariant: bool,
     /// Rows of the largest pass over the weights; a position's K copies always fit.
     pub max_rows: usize,
     /// Leave out what nothing depends on. [`Pruning::All`] is for tests.
@@ -43,6 +46,7 @@ impl Default for SessionOptions {
             cache_type: CacheType::F16,
             n_retained: 64,
             n_draft: 0,
+            batch_invariant: false,
             max_rows: 256,
             pruning: Pruning::Exact,
         }
@@ -217,6 +221,7 @@ impl Session {
             layout,
             cache_type: options.cache_type,
             n_threads,
+            batch_invariant: options.batch_invariant,
             max_rows,
             n_logits: 2 * layout.n_sequences + n_every(options),
             n_embeddings: SCORE_ROWS,

@@ -3,13 +3,16 @@
 
 mod common;
 
+use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::sync::Arc;
 
-use common::{demo_model, difference, golden, load};
+use common::{Golden, demo_model, difference, golden, load};
 use phd::Error;
 use phd::model::{BackendKind, LoadOptions, Model};
-use phd::session::{CacheType, Session, SessionOptions};
+use phd::session::{BatchEntry, CacheType, Logits, Session, SessionOptions};
+use safetensors::Dtype;
+use safetensors::tensor::{SafeTensors, TensorView};
 
 /// `phd run` on the demo model with a backend and an environment.
 fn run(backend: &str, environment: &[(&str, &str)]) -> Output {
@@ -76,6 +79,135 @@ fn long_prompts_at_once() {
             s.prefill(0, &g.tokens).unwrap();
             let found = difference(s.logits(0).unwrap(), g.logits.last().unwrap());
             assert!(found < 3e-2, "{} {cache_type:?}: {found:e}", g.name);
+        }
+    }
+}
+
+/// A small generator; the same numbers in every run.
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, n: usize) -> usize {
+        self.0 = self.0.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+        ((self.0 >> 33) as usize) % n
+    }
+}
+
+/// A golden checkpoint whose heads have another dimension, one that attention has tensor-core kernels for. What is not the
+/// checkpoint's is noise.
+fn with_head_dim(g: &Golden, dim: usize, folder: &Path) -> PathBuf {
+    let bytes = std::fs::read(g.path.join("model.safetensors")).unwrap();
+    let file = SafeTensors::deserialize(&bytes).unwrap();
+    let config = std::fs::read_to_string(g.path.join("config.json")).unwrap();
+    let mut config: serde_json::Value = serde_json::from_str(&config).unwrap();
+    let of = |name: &str| config[name].as_u64().unwrap() as usize;
+    let (n_embd, q, kv) = (of("hidden_size"), of("num_attention_heads") * dim, of("num_key_value_heads") * dim);
+    let mut random = Random(1);
+    let mut noise = |n: usize| -> Vec<u8> {
+        (0..n).flat_map(|_| ((random.below(2001) as f32 - 1000.0) / 5000.0).to_le_bytes()).collect()
+    };
+    let made: Vec<(String, Vec<usize>, Vec<u8>)> = file
+        .names()
+        .into_iter()
+        .filter_map(|name| {
+            let shape = match name.rsplit("self_attn.").next().unwrap() {
+                "q_proj.weight" => vec![q, n_embd],
+                "k_proj.weight" | "v_proj.weight" => vec![kv, n_embd],
+                "o_proj.weight" => vec![n_embd, q],
+                _ => return None,
+            };
+            let bytes = noise(shape.iter().product());
+            Some((name.to_string(), shape, bytes))
+        })
+        .collect();
+    let mut tensors: Vec<(String, TensorView)> =
+        file.tensors().into_iter().filter(|(name, _)| !made.iter().any(|(other, ..)| other == name)).collect();
+    for (name, shape, bytes) in &made {
+        tensors.push((name.clone(), TensorView::new(Dtype::F32, shape.clone(), bytes).unwrap()));
+    }
+    safetensors::serialize_to_file(tensors, None, &folder.join("model.safetensors")).unwrap();
+    config["head_dim"] = dim.into();
+    std::fs::write(folder.join("config.json"), config.to_string()).unwrap();
+    folder.to_owned()
+}
+
+fn named(name: &str) -> Golden {
+    golden().into_iter().find(|g| g.name == name).unwrap()
+}
+
+/// Attention on tensor cores: one token's copies, whose warps share the queries, and prompts, whose warps have their own.
+#[test]
+#[ignore = "needs a GPU or the emulator: tests/cuda/run.sh"]
+fn tensor_cores_attend_as_the_reference() {
+    for (name, dim) in [("llama-cswa-k4-w5-c6", 64), ("llama-cswa-k2-w16-c32", 128), ("llama-vanilla", 64)] {
+        let (g, folder) = (named(name), tempfile::tempdir().unwrap());
+        let path = with_head_dim(&g, dim, folder.path());
+        // Keys that two backends round may come out as neighbouring values.
+        for (cache_type, bound) in [(CacheType::F16, 2e-3), (CacheType::Q8_0, 2e-2)] {
+            let options = SessionOptions { n_positions: 256, max_rows: 60, cache_type, ..Default::default() };
+            let new = |backend| Session::new(load(&path, backend), &options).unwrap();
+            let (mut s, mut reference) = (new(BackendKind::Cuda), new(BackendKind::Reference));
+            let tokens: Vec<i32> = g.tokens.iter().copied().cycle().take(150).collect();
+            let mut rest = &tokens[..];
+            for piece in [1, 1, 50, 1, 20, 1, 1, 70, 1] {
+                let (now, later) = rest.split_at(piece.min(rest.len()));
+                rest = later;
+                s.prefill(0, now).unwrap();
+                reference.prefill(0, now).unwrap();
+                let found = difference(s.logits(0).unwrap(), reference.logits(0).unwrap());
+                let at = s.len(0).unwrap();
+                assert!(found < bound, "{name}, heads of {dim}, {cache_type:?}: {found:e} at {at}");
+            }
+        }
+    }
+}
+
+/// With `batch_invariant`, what a sequence becomes does not depend on its company, on the pieces that it comes in, nor on the size of
+/// the session.
+#[test]
+#[ignore = "needs a GPU or the emulator: tests/cuda/run.sh"]
+fn company_and_pieces_change_no_bit() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut models = vec![];
+    for name in ["llama-cswa-k4-w5-c6", "qwen3-scale-seq-n2"] {
+        let (g, at) = (named(name), folder.path().join(name));
+        std::fs::create_dir(&at).unwrap();
+        let path = with_head_dim(&g, 64, &at);
+        models.extend([(path.clone(), CacheType::F16), (path, CacheType::Q8_0), (g.path.clone(), CacheType::F32)]);
+    }
+    models.push((demo_model(), CacheType::F16));
+    for (path, cache_type) in models {
+        let model = load(&path, BackendKind::Cuda);
+        let mut random = Random(3);
+        // Longer than what is cut into the shortest splits.
+        let n = 290;
+        let text: Vec<i32> = (0..n).map(|_| random.below(100) as i32).collect();
+        let new = |n_positions: usize, n_sequences: usize| {
+            let options =
+                SessionOptions { n_positions, n_sequences, cache_type, batch_invariant: true, ..Default::default() };
+            Session::new(model.clone(), &options).unwrap()
+        };
+        let mut s = new(4 * n, 3);
+        while s.len(1).unwrap() < n {
+            let mut batch = vec![];
+            for seq in [2, 0, 1] {
+                let len = s.len(seq).unwrap();
+                let piece = [0, 1, 1, 7, 30, 100][random.below(6)].min(n - len);
+                if piece > 0 {
+                    batch.push(BatchEntry { seq, tokens: &text[len..len + piece], logits: Logits::Last });
+                }
+            }
+            if batch.is_empty() {
+                continue;
+            }
+            s.decode(&batch).unwrap();
+            for e in &batch {
+                let len = s.len(e.seq).unwrap();
+                let mut alone = new(n, 1);
+                alone.prefill(0, &text[..len]).unwrap();
+                let what = format!("{} {cache_type:?}: sequence {} at {len}", path.display(), e.seq);
+                assert!(s.logits(e.seq).unwrap() == alone.logits(0).unwrap(), "{what}");
+            }
         }
     }
 }

@@ -65,6 +65,8 @@ pub struct ContextOptions {
     pub layout: Layout,
     pub cache_type: CacheType,
     pub n_threads: usize,
+    /// A row's results depend on its own sequence alone, to the bit, whatever passes it was computed in.
+    pub batch_invariant: bool,
     /// Rows of the largest pass.
     pub max_rows: usize,
     /// Rows of the logits buffer.

@@ -99,6 +99,7 @@ pub(super) fn new_session(model: &phd_model, params: &phd_session_params) -> Res
         cache_type,
         n_retained: params.n_retained as usize,
         n_draft: params.n_draft as usize,
+        batch_invariant: params.batch_invariant == 1,
         ..Default::default()
     };
     if params.batch_invariant > 1 || params.reserved != 0 {

@@ -6,12 +6,11 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
-# What sessions promise, with the CUDA backend in the CPU's place. Left out is what it does not promise: the same bits whoever
-# shares a batch, nothing allocated by the driver, rows of the cache without padding; and what is about the CPU.
+# What sessions promise, with the CUDA backend in the CPU's place. Left out is what it does not promise: nothing allocated by the
+# driver, rows of the cache without padding; and what is about the CPU.
 # PHD_CUDA_EXACT: their bounds are those of f32 sums.
 suites=(--test golden --test sequences --test session --test batch --test programs)
-skip=(--skip every_variant --skip results_do_not_depend_on_the_company --skip calls_allocate_nothing
-  --skip the_cache_does_not_grow_with_the_copies)
+skip=(--skip every_variant --skip calls_allocate_nothing --skip the_cache_does_not_grow_with_the_copies)
 
 case "${1:-}" in
   gpu)

@@ -9,9 +9,9 @@ use super::params::{
     Activations, Address, AttentionParams, EmbedParams, GatedParams, KeepParams, KeyValues, MergeParams, QkvParams,
     ResidualParams, TopParams,
 };
-use super::plan::{self, LayerLists, Shape};
-use super::weights::DeviceLayer;
-use super::{Cuda, FEW_ROWS, THREADS, gemm, weights};
+use super::plan::{self, LayerLists, Shape, Splits};
+use super::weights::{DeviceLayer, DeviceMatrix};
+use super::{Cuda, FEW_ROWS, Sums, THREADS, gemm, weights};
 use crate::backend::{CacheType, Context, ContextMemory, ContextOptions, TOP};
 use crate::cache::BlockCopy;
 use crate::error::{Error, Result};
@@ -23,8 +23,6 @@ pub const MAX_HEAD_DIM: usize = 256;
 /// Queries (rows times heads of one key head) that share a read of the keys.
 pub const TILE_QUERIES: usize = 64;
 const ATTENTION_THREADS: u32 = 128;
-/// Keys that a split has at least.
-const SPLIT_KEYS: usize = 64;
 const MAX_SPLITS: usize = 64;
 /// Rows of partial attention results, splits counted.
 const PARTIAL_ROWS: usize = 512;
@@ -181,6 +179,8 @@ struct Step {
     attended: Input,  // of q_dim
     activated: Input, // of n_ff
     gemm: Mutex<Option<gemm::Workspace>>,
+    sums: Sums,
+    splits: Splits,
     plan: Buffer, // see plan.rs
 }
 
@@ -246,7 +246,7 @@ impl CudaContext {
             return Err(Error::OutOfMemory { what: "the plan of a pass", bytes: plan_bytes });
         }
         let gemm = match &model.gemm {
-            Some(gemm) if rows > FEW_ROWS => {
+            Some(gemm) if rows > FEW_ROWS && !options.batch_invariant => {
                 let pitch = |n: usize| n.next_multiple_of(32) * 2;
                 let converted = model.weights.matrices().map(|m| m.strips() * weights::STRIP * pitch(m.n_in));
                 let strip = model.weights.matrices().map(|m| weights::STRIP * pitch(m.n_in)).max().unwrap_or(0);
@@ -255,6 +255,14 @@ impl CudaContext {
             _ => None,
         };
         let n_head = options.n_logits.clamp(1, HEAD_ROWS);
+        // Two blocks to each multiprocessor.
+        let wanted = (2 * model.device.n_multiprocessors).div_ceil(h.n_kv_heads);
+        let longest = layout.n_positions * layout.stored_copies;
+        let most = wanted.min(longest.div_ceil(plan::SPLIT_ROWS)).clamp(1, MAX_SPLITS);
+        let splits = match options.batch_invariant {
+            false => Splits { wanted, most, room: rows.max(PARTIAL_ROWS), is_invariant: false },
+            true => Splits { wanted, most, room: rows.min(FEW_ROWS) * (most + 1), is_invariant: true },
+        };
         let step = Step {
             cache: Store::new(&model, "the KV cache in device memory", h.n_layers, layout.cache_rows(), row_bytes)?,
             rings: Store::new(&model, "the rings in device memory", h.n_layers, layout.ring_rows(), row_bytes)?,
@@ -263,7 +271,7 @@ impl CudaContext {
             q: scratch(rows, h.q_dim())?,
             k: scratch(rows, h.kv_dim())?,
             v: scratch(rows, h.kv_dim())?,
-            partial: scratch(rows.max(PARTIAL_ROWS) * h.n_heads, h.head_dim + 2)?,
+            partial: scratch(splits.room * h.n_heads, h.head_dim + 2)?,
             gate: scratch(rows, h.n_ff)?,
             up: scratch(rows, h.n_ff)?,
             out: scratch(rows, h.n_embd)?,
@@ -275,6 +283,12 @@ impl CudaContext {
             tops: Tops::new(&model, n_head)?,
             logits: scratch(options.n_logits, h.n_vocab)?,
             gemm: Mutex::new(gemm),
+            sums: match (options.batch_invariant, model.is_exact) {
+                (true, _) => Sums::Invariant,
+                (false, true) => Sums::Exact,
+                (false, false) => Sums::Fast,
+            },
+            splits,
             plan: Buffer::new(&model.device, SCRATCH, plan_bytes)?,
             stream: Stream::new(&model.device)?,
             ahead: [Event::new(&model.device)?, Event::new(&model.device)?],
@@ -306,7 +320,8 @@ impl CudaContext {
         }
         let model = self.step.model.clone();
         let _entered = model.device.enter()?;
-        let used = plan::pack(plan, &model.hyper, TILE_QUERIES, self.packed.as_mut_slice(), &mut self.shape);
+        let packed = self.packed.as_mut_slice();
+        let used = plan::pack(plan, &model.hyper, TILE_QUERIES, &self.step.splits, packed, &mut self.shape);
         // SAFETY: both buffers have the capacity of any plan; nothing writes `packed` before the pass has been waited for.
         unsafe { self.step.stream.upload(self.step.plan.address(), &self.packed.as_slice()[..used])? };
         let n_outputs = plan.outputs.len();
@@ -423,6 +438,16 @@ impl Step {
         Grid { blocks: (rows, 1, 1), threads: THREADS, shared: width * 4 }
     }
 
+    /// Queues linear layers.
+    ///
+    /// # Safety
+    /// As [`Cuda::linear`].
+    unsafe fn linear(&self, x: Activations, matrices: &[(&DeviceMatrix, Address)], rows: usize) -> Result<()> {
+        let mut gemm = lock(&self.gemm);
+        // SAFETY: the caller's promise.
+        unsafe { self.model.linear(&self.stream, x, matrices, rows, self.sums, gemm.as_mut()) }
+    }
+
     /// Queues all layers, and the output norm. With `cancelled`, which is asked between layers, it waits for earlier ones.
     fn layers(&self, shape: &Shape, cancelled: Option<&(dyn Fn() -> bool + Sync)>) -> Result<()> {
         let model = &*self.model;
@@ -456,11 +481,10 @@ impl Step {
             let lists = &shape.layers[i];
             self.attention(shape, i, layer, lists)?;
             let n_keep = lists.keep.len();
-            let mut gemm = lock(&self.gemm);
             let out = self.out.address();
             // SAFETY: as above.
             unsafe {
-                model.linear(&self.stream, self.attended.from(0), &[(&layer.o, out)], n_keep, gemm.as_mut())?;
+                self.linear(self.attended.from(0), &[(&layer.o, out)], n_keep)?;
             }
             let residual = ResidualParams {
                 x_in: x.address(),
@@ -486,9 +510,9 @@ impl Step {
             };
             // SAFETY: as above.
             unsafe {
-                model.linear(&self.stream, self.input.from(0), &both, n_keep, gemm.as_mut())?;
+                self.linear(self.input.from(0), &both, n_keep)?;
                 self.stream.launch(model.kernels.gated, Self::by_row(n_keep, h.n_ff), &gated)?;
-                model.linear(&self.stream, self.activated.from(0), &[(&layer.down, out)], n_keep, gemm.as_mut())?;
+                self.linear(self.activated.from(0), &[(&layer.down, out)], n_keep)?;
             }
             let next = model.weights.layers.get(i + 1);
             let residual = ResidualParams {
@@ -542,10 +566,9 @@ impl Step {
         let base = self.plan.address();
         let (n_enter, n_keep) = (lists.enter.len(), lists.keep.len());
         let (q, k, v) = (self.q.address(), self.k.address(), self.v.address());
-        let mut gemm = lock(&self.gemm);
         let three = [(&layer.q, q), (&layer.k, k), (&layer.v, v)];
         // SAFETY: see `layers`.
-        unsafe { model.linear(&self.stream, self.input.from(0), &three, n_enter, gemm.as_mut())? };
+        unsafe { self.linear(self.input.from(0), &three, n_enter)? };
         let cache_type = match self.options.cache_type {
             CacheType::F32 => 0,
             CacheType::F16 => 1,
@@ -581,7 +604,7 @@ impl Step {
         // SAFETY: see `layers`.
         unsafe { self.stream.launch(model.kernels.qkv_finish, grid, &finish)? };
 
-        let splits = self.splits(lists);
+        let splits = lists.splits as usize;
         let partial = self.partial.address();
         let attention = AttentionParams {
             q,
@@ -595,7 +618,8 @@ impl Step {
             ring,
             fresh,
             partial,
-            n_tiles: lists.tiles.n,
+            first: 0,
+            n: lists.keep.n,
             n_heads,
             n_kv_heads,
             head_dim,
@@ -604,6 +628,7 @@ impl Step {
             ring_capacity: self.options.layout.ring_capacity as u32,
             cache_type,
             row_bytes,
+            is_invariant: self.splits.is_invariant.into(),
             scale: 1.0 / (h.head_dim as f32).sqrt(),
         };
         let (kernel, shared) = match model.kernels.attention_mma {
@@ -611,12 +636,17 @@ impl Step {
             _ => (model.kernels.attention_plain, plain_shared(h.head_dim)),
         };
         let grid = Grid { blocks: (lists.tiles.len(), h.n_kv_heads, splits), threads: ATTENTION_THREADS, shared };
-        let act = self.attended.from(0);
-        let merge = MergeParams { partial, act, n: lists.keep.n, n_heads, head_dim, splits: splits as u32 };
-        // SAFETY: see `layers`.
-        unsafe {
-            self.stream.launch(kernel, grid, &attention)?;
-            self.stream.launch(model.kernels.attention_merge, Self::by_row(n_keep, h.q_dim()), &merge)?;
+        let at_once = self.splits.rows_at_once(n_keep);
+        for first in (0..n_keep).step_by(at_once.max(1)) {
+            let n = at_once.min(n_keep - first);
+            let attention = AttentionParams { first: first as u32, n: n as u32, ..attention };
+            let act = self.attended.from(first);
+            let merge = MergeParams { partial, act, n: n as u32, n_heads, head_dim, splits: splits as u32 };
+            // SAFETY: see `layers`.
+            unsafe {
+                self.stream.launch(kernel, grid, &attention)?;
+                self.stream.launch(model.kernels.attention_merge, Self::by_row(n, h.q_dim()), &merge)?;
+            }
         }
         if self.options.layout.ring_capacity > 0 {
             let keep = KeepParams {
@@ -639,25 +669,14 @@ impl Step {
         Ok(())
     }
 
-    /// Parts that the context is cut into, so that two blocks come to each multiprocessor. A matter of counts alone: passes of one
-    /// shape have the same.
-    fn splits(&self, lists: &LayerLists) -> usize {
-        let blocks = lists.tiles.len() * self.model.hyper.n_kv_heads;
-        let wanted = (2 * self.model.device.n_multiprocessors).div_ceil(blocks.max(1));
-        let longest = self.options.layout.n_positions * self.options.layout.stored_copies;
-        let room = (self.options.max_rows.max(PARTIAL_ROWS)) / lists.keep.len().max(1);
-        wanted.min(longest.div_ceil(SPLIT_KEYS)).min(room).clamp(1, MAX_SPLITS)
-    }
-
     /// Queues the LM head for outputs `first..first + n`, into the first rows of `head`.
     fn outputs(&self, shape: &Shape, first: usize, n: usize) -> Result<()> {
         if shape.is_embedding {
             return Ok(());
         }
         let head = [(&self.model.weights.head, self.head.address())];
-        let mut gemm = lock(&self.gemm);
         // SAFETY: see `layers`.
-        unsafe { self.model.linear(&self.stream, self.input.from(first), &head, n, gemm.as_mut())? };
+        unsafe { self.linear(self.input.from(first), &head, n)? };
         let Some(tops) = &self.tops else { return Ok(()) };
         let params = TopParams {
             logits: self.head.address(),

@@ -29,9 +29,24 @@ use crate::tensor::DType;
 /// Columns of activations that a `linear_*` kernel takes at once, in tiles of 8 (the number in its name), and the rows that makes:
 /// up to 16 rows as two bf16 parts each, above as one.
 const WIDTHS: [(usize, usize); 4] = [(1, 4), (2, 8), (4, 16), (8, 64)];
-/// The narrowest of [`WIDTHS`] for so many rows, or the widest; exact ones have both parts.
-fn width(rows: usize, is_exact: bool) -> (usize, usize) {
-    let widths = if is_exact { &WIDTHS[..WIDTHS.len() - 1] } else { &WIDTHS[..] };
+/// What a session asks of the sums of linear layers.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Sums {
+    Fast,
+    /// Both parts of the activations, for any number of rows.
+    Exact,
+    /// The same bits for any number of rows. The kernels with tiles of 8 rows in two parts do the same for each row, however many
+    /// tiles there are; the narrowest adds up the parts apart.
+    Invariant,
+}
+
+/// The narrowest of [`WIDTHS`] for so many rows, or the widest.
+fn width(rows: usize, sums: Sums) -> (usize, usize) {
+    let widths = match sums {
+        Sums::Fast => &WIDTHS[..],
+        Sums::Exact => &WIDTHS[..3],
+        Sums::Invariant => &WIDTHS[1..3],
+    };
     *widths.iter().find(|(_, n)| rows <= *n).unwrap_or(&widths[widths.len() - 1])
 }
 
@@ -152,6 +167,7 @@ impl Cuda {
         x: Activations,
         matrices: &[(&DeviceMatrix, params::Address)],
         rows: usize,
+        sums: Sums,
         gemm: Option<&mut gemm::Workspace>,
     ) -> Result<()> {
         if rows == 0 {
@@ -171,7 +187,7 @@ impl Cuda {
             let dtype = same[0].0.dtype;
             let (tiles, at_once) = match dtype {
                 DType::F32 => (0, F32_ROWS),
-                _ => width(rows, self.is_exact),
+                _ => width(rows, sums),
             };
             let mut parameters = LinearParams {
                 x,

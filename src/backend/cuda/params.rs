@@ -41,17 +41,18 @@ params! {
     BiasParams = 24 { y: Address, bias: Address, rows: u32, n: u32 }
     Row = 24 { stored: u32, hidden_from: u32, hidden_to: u32, entry: u32, place: u32, is_hidden: u32 }
     Entry = 24 { seq: u32, blocks: u32, first_hidden: u32, hidden_base: u32, n_hidden: u32, unused: u32 }
-    Tile = 24 { first: u32, n: u32, entry: u32, stored: u32, hidden_from: u32, hidden_to: u32 }
+    Tile = 28 { first: u32, n: u32, entry: u32, stored: u32, split: u32, hidden_from: u32, hidden_to: u32 }
     KeyValues = 16 { k: Address, v: Address }
     QkvParams = 136 {
         q: Address, k: Address, v: Address, q_norm: Address, k_norm: Address, rope: Address, rows: Address, enter: Address,
         cache: KeyValues, fresh: KeyValues, n: u32, n_heads: u32, n_kv_heads: u32, head_dim: u32, n_rope: u32, adjacent: u32,
         norm_whole: u32, cache_type: u32, row_bytes: u32, eps: f32,
     }
-    AttentionParams = 152 {
+    AttentionParams = 160 {
         q: Address, rows: Address, enter: Address, keep: Address, tiles: Address, entries: Address, blocks: Address,
-        cache: KeyValues, ring: KeyValues, fresh: KeyValues, partial: Address, n_tiles: u32, n_heads: u32, n_kv_heads: u32,
-        head_dim: u32, splits: u32, rows_per_block: u32, ring_capacity: u32, cache_type: u32, row_bytes: u32, scale: f32,
+        cache: KeyValues, ring: KeyValues, fresh: KeyValues, partial: Address, first: u32, n: u32, n_heads: u32,
+        n_kv_heads: u32, head_dim: u32, splits: u32, rows_per_block: u32, ring_capacity: u32, cache_type: u32, row_bytes: u32,
+        is_invariant: u32, scale: f32,
     }
     MergeParams = 64 { partial: Address, act: Activations, n: u32, n_heads: u32, head_dim: u32, splits: u32 }
     TopParams = 40 { logits: Address, keys: Address, tokens: Address, values: Address, n_vocab: u32, n_chunks: u32 }

@@ -6,7 +6,7 @@ use super::driver::{Buffer, Device, Grid, Module, Stream};
 use super::pack::{matrix_bytes, pack_strip, strip_bytes, type_name};
 use super::params::{Activations, LinearParams, Matrix, Params, ResidualParams};
 use super::weights::STRIP;
-use super::{F32_ROWS, THREADS, compile, width};
+use super::{F32_ROWS, Sums, THREADS, compile, width};
 use crate::backend::testing::{Noise, weights};
 use crate::tensor::{DType, dequantize_row};
 
@@ -107,14 +107,18 @@ fn linear_layers_of_every_type() {
             let device_weights = b.upload(&packed(dtype, n_in, bytes));
             let bias = noise(n_out, 99);
             let device_bias = b.upload(&bias);
-            for rows in [1, 3, 4, 5, 8, 9, 16, 17, 65] {
+            let mut one_row: Vec<f32> = Vec::new(); // of Sums::Invariant
+            let invariant = [1, 8, 9, 17].map(|rows| (Sums::Invariant, rows));
+            for (sums, rows) in
+                [1, 3, 4, 5, 8, 9, 16, 17, 65].map(|rows| (Sums::Fast, rows)).into_iter().chain(invariant)
+            {
                 let x = noise(rows * n_in, 7);
                 let made = activations(&b, &x, rows, n_in);
                 let out = b.upload(&vec![f32::NAN; rows * n_out]);
                 let (name, at_once) = match dtype {
                     DType::F32 => ("linear_f32".to_owned(), F32_ROWS),
                     _ => {
-                        let (tiles, at_once) = width(rows, false);
+                        let (tiles, at_once) = width(rows, sums);
                         (format!("linear_{}_{tiles}", type_name(dtype)), at_once)
                     }
                 };
@@ -136,6 +140,12 @@ fn linear_layers_of_every_type() {
                 let blocks = (n_out.div_ceil(STRIP), rows.div_ceil(at_once), 1);
                 b.launch(&name, Grid { blocks, threads: THREADS, shared: 0 }, &params);
                 let found = b.download(&out);
+                if sums == Sums::Invariant {
+                    if one_row.is_empty() {
+                        one_row = found.clone();
+                    }
+                    assert!(found[..n_out] == one_row, "{dtype} ({n_out}, {n_in}): the first row of {rows}");
+                }
                 let mut w = vec![0.0; n_in];
                 for o in 0..n_out {
                     dequantize_row(dtype, &bytes[o * row_bytes..][..row_bytes], &mut w);
@@ -145,9 +155,9 @@ fn linear_layers_of_every_type() {
                         let (sum, size) = products.fold((0.0, 0.0), |(s, a), p| (s + p, a + p.abs()));
                         let expected = sum + f64::from(bias[o]);
                         // Relative to the products' size: 2^-17 for two bf16 parts, 2^-9 for one.
-                        let bound = match (dtype, rows) {
-                            (DType::F32, _) => 2e-6,
-                            (_, ..=16) => 2e-5,
+                        let bound = match (dtype, rows, sums) {
+                            (DType::F32, ..) => 2e-6,
+                            (_, ..=16, _) | (_, _, Sums::Invariant) => 2e-5,
                             _ => 4e-3,
                         } * (size + expected.abs());
                         let difference = (f64::from(found[row * n_out + o]) - expected).abs();
