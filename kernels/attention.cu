@@ -11,7 +11,7 @@ DEVICE float unseen() {
     return from_bf16(0xff80);
 }
 
-// ------------------------------------------------------------------ qkv_finish, keep_hidden
+// ------------------------------------------------------------------ qkv_finish
 
 // To f16 as the CPU does it: what is too large becomes infinite, where to_f16 saturates.
 DEVICE u16 to_cached_f16(float x) {
@@ -103,22 +103,6 @@ KERNEL(qkv_finish, QkvParams, 128) {
         } else {
             encode_row(values, n, p.cache_type, (part == 1 ? store.k : store.v) + (u64)row.place * p.row_bytes);
         }
-    }
-}
-
-KERNEL(keep_hidden, KeepParams, 128) {
-    if (blockIdx.x >= p.n || p.ring_capacity == 0) return;
-    const Row row = p.rows[p.enter[blockIdx.x]];
-    if (!row.is_hidden) return;
-    const Entry entry = p.entries[row.entry];
-    const u32 number = row.hidden_to - 1;
-    // A later hidden token of this pass takes its place.
-    if (number + p.ring_capacity < entry.first_hidden + entry.n_hidden) return;
-    const u64 from = (u64)row.place * p.row_bytes;
-    const u64 to = ((u64)entry.seq * p.ring_capacity + number % p.ring_capacity) * p.row_bytes;
-    for (u32 i = threadIdx.x * 16; i < p.row_bytes; i += blockDim.x * 16) {
-        *(uint4*)(p.ring.k + to + i) = *(const uint4*)(p.fresh.k + from + i);
-        *(uint4*)(p.ring.v + to + i) = *(const uint4*)(p.fresh.v + from + i);
     }
 }
 
@@ -601,24 +585,43 @@ KERNEL(attention_mma_128, AttentionParams, 128) {
 
 // ------------------------------------------------------------------ attention_merge
 
-KERNEL(attention_merge, MergeParams, 256) {
-    DYNAMIC_SHARED(float, values); // (n_heads * head_dim)
-    if (blockIdx.x >= p.n) return;
-    const u32 lane = threadIdx.x % 32, width = p.head_dim + 2;
-    for (u32 head = threadIdx.x / 32; head < p.n_heads; head += blockDim.x / 32) {
-        const float* splits = p.partial + ((u64)blockIdx.x * p.n_heads + head) * p.splits * width; // (split, width)
+DEVICE void keep_hidden(const MergeParams& p, u32 entering) {
+    const Row row = p.rows[p.enter[entering]];
+    if (!row.is_hidden) return;
+    const Entry entry = p.entries[row.entry];
+    const u32 number = row.hidden_to - 1;
+    // A later hidden token of this pass takes its place.
+    if (number + p.ring_capacity < entry.first_hidden + entry.n_hidden) return;
+    const u64 from = (u64)row.place * p.row_bytes;
+    const u64 to = ((u64)entry.seq * p.ring_capacity + number % p.ring_capacity) * p.row_bytes;
+    for (u32 i = threadIdx.x * 16; i < p.row_bytes; i += blockDim.x * 16) {
+        *(uint4*)(p.ring.k + to + i) = *(const uint4*)(p.fresh.k + from + i);
+        *(uint4*)(p.ring.v + to + i) = *(const uint4*)(p.fresh.v + from + i);
+    }
+}
+
+KERNEL(attention_merge, MergeParams, 128) {
+    DYNAMIC_SHARED(float, values); // (head of the group, head_dim)
+    if (blockIdx.x >= p.n) {
+        if (blockIdx.y == 0) keep_hidden(p, blockIdx.x - p.n);
+        return;
+    }
+    const u32 lane = threadIdx.x % 32, width = p.head_dim + 2, parts = (p.head_dim + 31) / 32;
+    const u32 first = blockIdx.y * p.heads, heads = umin(p.heads, p.n_heads - first);
+    // A warp takes 32 values of a head.
+    for (u32 part = threadIdx.x / 32; part < heads * parts; part += blockDim.x / 32) {
+        const u32 head = part / parts, d = part % parts * 32 + lane;
+        const float* splits = p.partial + ((u64)blockIdx.x * p.n_heads + first + head) * p.splits * width; // (split, width)
         const float* sums = splits + p.head_dim;
         float max = unseen(), sum = 0;
         for (u32 i = lane; i < p.splits; i += 32) max = fmaxf(max, sums[i * width]);
         const float base = base_of(warp_max(max));
         for (u32 i = lane; i < p.splits; i += 32) sum += exp2_approx(sums[i * width] - base) * sums[i * width + 1];
         sum = warp_sum(sum);
-        const float scale = sum > 0 ? 1.0f / sum : 0.0f;
-        for (u32 d = lane; d < p.head_dim; d += 32) {
-            float x = 0;
-            for (u32 i = 0; i < p.splits; i++) x += exp2_approx(sums[i * width] - base) * splits[i * width + d];
-            values[head * p.head_dim + d] = x * scale;
-        }
+        if (d >= p.head_dim) continue;
+        float x = 0;
+        for (u32 i = 0; i < p.splits; i++) x += exp2_approx(sums[i * width] - base) * splits[i * width + d];
+        values[head * p.head_dim + d] = x * (sum > 0 ? 1.0f / sum : 0.0f);
     }
-    write_activations(values, p.n_heads * p.head_dim, blockIdx.x, p.act);
+    write_activations(values, first * p.head_dim, heads * p.head_dim, blockIdx.x, p.act);
 }

@@ -39,17 +39,16 @@ KERNEL(residual_norm, ResidualParams, 256) {
     if (p.normed) {
         for (u32 i = threadIdx.x; i < p.n; i += blockDim.x) p.normed[(u64)row * p.n + i] = values[i];
     }
-    if (p.act.hi) write_activations(values, p.n, row, p.act);
+    if (p.act.hi) write_activations(values, 0, p.n, row, p.act);
 }
 
 KERNEL(gated, GatedParams, 256) {
     DYNAMIC_SHARED(float, values); // (n)
     const u64 row = (u64)blockIdx.x * p.n;
     for (u32 i = threadIdx.x; i < p.n; i += blockDim.x) {
-        const float gate = p.gate[row + i];
-        values[i] = gate / (1 + expf(-gate)) * p.up[row + i];
+        values[i] = gated_value(p.gate[row + i], p.up[row + i]);
     }
-    write_activations(values, p.n, blockIdx.x, p.act);
+    write_activations(values, 0, p.n, blockIdx.x, p.act);
 }
 
 // y += bias: one block to a row.

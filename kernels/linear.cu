@@ -271,7 +271,7 @@ DEVICE void product(float (&c)[4], const u32 (&pairs)[2][4], u32 first, u32 x, u
     mma_bf16(c, a, b);
 }
 
-// Which matrix and which of its strips a block has.
+// Which matrix and which of its strips a block has, unless they are gated.
 DEVICE Matrix find_strip(const LinearParams& p, u32& strip) {
     strip = blockIdx.x;
     u32 i = 0;
@@ -281,17 +281,40 @@ DEVICE Matrix find_strip(const LinearParams& p, u32& strip) {
     return p.matrices[i];
 }
 
+// What comes of gate and up, or padding: columns of `act` that are the outputs of a strip. All threads of the block call this;
+// sum(matrix, row, output) is what the products have come to, for any row of the group's even number of them.
+template <class Sum>
+DEVICE void write_gated(const LinearParams& p, u32 strip, u32 first, u32 rows, Sum sum) {
+    for (u32 i = threadIdx.x; i < (rows + 1) / 2 * 32; i += blockDim.x) {
+        const u32 row = i / STRIP, column = strip * STRIP + i % STRIP;
+        float y[2] = {0, 0};
+        if (column < p.matrices[0].n_out) {
+#pragma unroll
+            for (u32 m = 0; m < 2; m++) {
+                y[m] = sum(m, row, i % STRIP);
+                if (p.matrices[m].bias) y[m] += p.matrices[m].bias[column];
+            }
+        }
+        write_activation(p.act, first + row, column, gated_value(y[0], y[1]), row < rows);
+    }
+}
+
+struct alignas(8) Pair {
+    float a, b;
+};
+
 // Of one strip and a group of TILES * 8 rows: all 8 warps take chunks in turn and add up in the end, always in one
-// order. PARTS: of an activation, 2 or 1 (hi alone). If SHARED_TILE, there are 4 rows whose hi parts are the columns
+// order. If gated, half of the warps have gate's strip, the others up's. PARTS: of an activation, 2 or 1 (hi alone). If SHARED_TILE, there are 4 rows whose hi parts are the columns
 // 0 .. 3 of the one tile, and the lo parts its columns 4 .. 7. No column depends on another.
 template <class T, u32 TILES, u32 PARTS, bool SHARED_TILE>
 DEVICE void multiply(const LinearParams& p) {
     constexpr u32 AHEAD = TILES > 1 ? 2 : 4; // chunks of each warp that are being loaded
     constexpr u32 ROWS = SHARED_TILE ? 4 : TILES * 8;
     SHARED(float, partial, WARPS * TILES * 128); // (warp, tile, element of the fragment, lane)
-    u32 strip;
-    const Matrix m = find_strip(p, strip);
-    const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+    const u32 n_warps = p.is_gated ? WARPS / 2 : WARPS; // to a strip
+    const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32 % n_warps, g = lane / 4, t = lane % 4;
+    u32 strip = blockIdx.x;
+    const Matrix m = p.is_gated ? p.matrices[threadIdx.x / 32 / n_warps] : find_strip(p, strip);
     const u32 first = blockIdx.y * ROWS, rows = umin(p.rows - first, ROWS);
     const u32 stride = p.x.stride, n_units = ceil_div(p.n_in, UNIT);
 
@@ -302,21 +325,22 @@ DEVICE void multiply(const LinearParams& p) {
     x[0] = (SHARED_TILE && g >= 4 ? p.x.lo : p.x.hi) + at;
     if (PARTS == 2) x[PARTS - 1] = p.x.lo + at;
     const float* sums = nullptr;
-    if (T::MINIMUMS) sums = p.x.sums + (u64)(first + 2 * t) * (stride / UNIT);
+    if (T::MINIMUMS) sums = p.x.sums + (u64)(first + 2 * t) * (stride / 16);
     const bool has_sums = !SHARED_TILE || t < 2;
 
     T ring[AHEAD];
     const u8* weights = m.weights + strip * strip_bytes(ring[0], p.n_in);
-    const u32 n_chunks = chunks(ring[0], p.n_in);
+    // A strip of padding has none.
+    const u32 n_chunks = strip * STRIP < m.n_out ? chunks(ring[0], p.n_in) : 0;
 #pragma unroll
     for (u32 j = 0; j < AHEAD; j++) {
-        if (warp + j * WARPS < n_chunks) load(ring[j], weights, warp + j * WARPS, p.n_in, lane);
+        if (warp + j * n_warps < n_chunks) load(ring[j], weights, warp + j * n_warps, p.n_in, lane);
     }
     float sum[TILES][4] = {};
-    for (u32 base = warp; base < n_chunks; base += AHEAD * WARPS) {
+    for (u32 base = warp; base < n_chunks; base += AHEAD * n_warps) {
 #pragma unroll
         for (u32 j = 0; j < AHEAD; j++) {
-            const u32 chunk = base + j * WARPS;
+            const u32 chunk = base + j * n_warps;
             if (chunk >= n_chunks) break;
 #pragma unroll
             for (u32 u = 0; u < T::UNITS; u++) {
@@ -351,14 +375,15 @@ DEVICE void multiply(const LinearParams& p) {
 #pragma unroll
                         for (u32 i = 0; i < 2; i++) {
                             if (!has_sums || tile * 8 + 2 * t + i >= rows) continue;
-                            const float of_x = (sums + unit)[(tile * 8 + i) * (stride / UNIT)];
+                            const Pair halves = *(const Pair*)((sums + unit * 2) + (tile * 8 + i) * (stride / 16));
+                            const float of_x = halves.a + halves.b;
                             sum[tile][i] = fmaf(-s.minimum[0], of_x, sum[tile][i]);
                             sum[tile][i + 2] = fmaf(-s.minimum[1], of_x, sum[tile][i + 2]);
                         }
                     }
                 }
             }
-            const u32 next = chunk + AHEAD * WARPS;
+            const u32 next = chunk + AHEAD * n_warps;
             if (next < n_chunks) load(ring[j], weights, next, p.n_in, lane);
         }
     }
@@ -366,20 +391,30 @@ DEVICE void multiply(const LinearParams& p) {
 #pragma unroll
     for (u32 tile = 0; tile < TILES; tile++) {
 #pragma unroll
-        for (u32 i = 0; i < 4; i++) partial[((warp * TILES + tile) * 4 + i) * 32 + lane] = sum[tile][i];
+        for (u32 i = 0; i < 4; i++) partial[((threadIdx.x / 32 * TILES + tile) * 4 + i) * 32 + lane] = sum[tile][i];
     }
     sync_block();
-    for (u32 i = threadIdx.x; i < rows * STRIP; i += WARPS * 32) {
-        const u32 row = i / STRIP, output = i % STRIP;
-        if (strip * STRIP + output >= m.n_out) continue;
+    // Of the warps that had a strip, `from` being their first one's sums.
+    const auto add_up = [&](const float* from, u32 row, u32 output) {
         float y = 0;
 #pragma unroll
         for (u32 part = 0; part < (SHARED_TILE ? 2 : 1); part++) {
             const u32 col = row % 8 + part * 4;
             const u32 element = (row / 8 * 4 + output / 8 * 2 + col % 2) * 32 + output % 8 * 4 + col / 2;
-#pragma unroll
-            for (u32 w = 0; w < WARPS; w++) y += partial[w * TILES * 128 + element];
+            for (u32 w = 0; w < n_warps; w++) y += from[w * TILES * 128 + element];
         }
+        return y;
+    };
+    if (p.is_gated) {
+        write_gated(p, strip, first, rows, [&](u32 matrix, u32 row, u32 output) {
+            return add_up(partial + matrix * n_warps * TILES * 128, row, output);
+        });
+        return;
+    }
+    for (u32 i = threadIdx.x; i < rows * STRIP; i += WARPS * 32) {
+        const u32 row = i / STRIP, output = i % STRIP;
+        if (strip * STRIP + output >= m.n_out) continue;
+        float y = add_up(partial, row, output);
         if (m.bias) y += m.bias[strip * STRIP + output];
         m.out[(u64)(first + row) * m.n_out + strip * STRIP + output] = y;
     }
@@ -389,11 +424,10 @@ struct alignas(16) Floats {
     float v[4];
 };
 
-// Up to ROWS rows with f32 weights: a warp takes two outputs of a strip. A row's sum does not depend on ROWS.
+// Up to ROWS rows with f32 weights, to y: (row, output of the strip), in shared memory. A warp takes two outputs. A row's sum does
+// not depend on ROWS.
 template <u32 ROWS>
-DEVICE void multiply_f32(const LinearParams& p, u32 first, u32 rows) {
-    u32 strip;
-    const Matrix m = find_strip(p, strip);
+DEVICE void multiply_f32(const LinearParams& p, const Matrix& m, u32 strip, u32 first, u32 rows, float* y) {
     const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const u32 pitch = ceil_div(p.n_in, UNIT) * UNIT;
     const float* weights = (const float*)m.weights + (u64)(strip * STRIP + warp) * pitch;
@@ -414,13 +448,10 @@ DEVICE void multiply_f32(const LinearParams& p, u32 first, u32 rows) {
     }
 #pragma unroll
     for (u32 h = 0; h < 2; h++) {
-        const u32 output = strip * STRIP + warp + 8 * h;
 #pragma unroll
         for (u32 r = 0; r < ROWS; r++) {
-            float y = warp_sum(sum[h][r]);
-            if (lane != 0 || r >= rows || output >= m.n_out) continue;
-            if (m.bias) y += m.bias[output];
-            m.out[(u64)(first + r) * m.n_out + output] = y;
+            const float total = warp_sum(sum[h][r]);
+            if (lane == 0) y[r * STRIP + warp + 8 * h] = total;
         }
     }
 }
@@ -535,11 +566,30 @@ DEQUANTIZE_KERNEL(q6_k, Q6_K)
 
 // Groups of 8 rows.
 KERNEL(linear_f32, LinearParams, 256) {
+    using namespace linear;
+    SHARED(float, y, 2 * 8 * STRIP); // (gate or up, row, output of the strip), or the one matrix's
     const u32 first = blockIdx.y * 8, rows = umin(p.rows - first, 8u);
-    if (rows == 1) linear::multiply_f32<1>(p, first, rows);
-    else if (rows == 2) linear::multiply_f32<2>(p, first, rows);
-    else if (rows <= 4) linear::multiply_f32<4>(p, first, rows);
-    else linear::multiply_f32<8>(p, first, rows);
+    u32 strip = blockIdx.x;
+    const Matrix one = p.is_gated ? p.matrices[0] : find_strip(p, strip);
+    for (u32 i = 0; i < (p.is_gated ? 2 : 1) && strip * STRIP < one.n_out; i++) {
+        const Matrix m = i == 0 ? one : p.matrices[i];
+        float* to = y + i * 8 * STRIP;
+        if (rows == 1) multiply_f32<1>(p, m, strip, first, rows, to);
+        else if (rows == 2) multiply_f32<2>(p, m, strip, first, rows, to);
+        else if (rows <= 4) multiply_f32<4>(p, m, strip, first, rows, to);
+        else multiply_f32<8>(p, m, strip, first, rows, to);
+    }
+    sync_block();
+    if (p.is_gated) {
+        write_gated(p, strip, first, rows, [&](u32 m, u32 row, u32 output) { return y[(m * 8 + row) * STRIP + output]; });
+        return;
+    }
+    for (u32 i = threadIdx.x; i < rows * STRIP; i += WARPS * 32) {
+        const u32 output = strip * STRIP + i % STRIP;
+        if (output < one.n_out) {
+            one.out[(u64)(first + i / STRIP) * one.n_out + output] = one.bias ? y[i] + one.bias[output] : y[i];
+        }
+    }
 }
 
 KERNEL(embed_f32, EmbedParams, 256) {

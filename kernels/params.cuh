@@ -7,7 +7,7 @@ struct Activations {
     u16* hi;      // (row, stride) bf16
     u16* lo;      // (row, stride) bf16
     float* exact; // (row, stride), or null if no layer has f32 weights
-    float* sums;  // (row, stride / 32): sums of 32 consecutive values of hi + lo; null if no layer has types with minimums
+    float* sums;  // (row, stride / 16): sums of 16 consecutive values of hi + lo; null if no layer has types with minimums
     u32 stride;
     u32 unused;
 };
@@ -23,13 +23,17 @@ struct Matrix {
 
 // Up to three matrices of one type on the same input: q, k, v; or gate, up. Grid: x over the strips of all matrices, one after
 // the other, y over groups of rows.
+//
+// If is_gated, the matrices are gate and up, and silu(gate x) * up x goes to `act`, nothing to their `out`. Grid: x over strips of 16
+// columns of `act`, padding included.
 struct LinearParams {
     Activations x;
+    Activations act;
     Matrix matrices[3];
     u32 n_matrices;
     u32 n_in;
     u32 rows;
-    u32 unused;
+    u32 is_gated;
 };
 
 struct EmbedParams {
@@ -67,7 +71,7 @@ struct BiasParams {
     u32 n;
 };
 
-// act = silu(gate) * up. One block to a row.
+// act = silu(gate) * up, if they were not computed together. One block to a row.
 struct GatedParams {
     const float* gate; // (row, n)
     const float* up;   // (row, n)
@@ -173,25 +177,23 @@ struct AttentionParams {
     float scale;         // 1 / sqrt(head_dim)
 };
 
-// Grid: (row that goes on). Merges the splits; the heads' outputs, one after another, are the output projection's input.
+// Merges the splits; the heads' outputs, one after another, are the output projection's input. Hidden rows of the pass that later
+// passes may see go into the rings: number = hidden_to - 1 is kept unless number + ring_capacity < entry.first_hidden + entry.n_hidden.
+//
+// Grid: x over the n rows that go on, then over the entering rows, if they are to be kept; y over groups of heads.
 struct MergeParams {
-    const float* partial;
+    const float* partial; // see AttentionParams
     Activations act;
-    u32 n;
-    u32 n_heads;
-    u32 head_dim;
-    u32 splits;
-};
-
-// Hidden rows of the pass that later passes may see go into the rings, after attention. One block to an entering row.
-// Row r, number = hidden_to - 1, is kept unless number + ring_capacity < entry.first_hidden + entry.n_hidden.
-struct KeepParams {
-    const Row* rows;     // (row of the pass)
-    const u32* enter;    // (entering row): row of the pass
+    const Row* rows;      // (row of the pass)
+    const u32* enter;     // (entering row): row of the pass
     const Entry* entries;
     KeyValues ring;
     KeyValues fresh;
     u32 n;
+    u32 n_heads;
+    u32 head_dim;
+    u32 heads;            // of a group; heads * head_dim is a multiple of 32, unless there is one group
+    u32 splits;
     u32 ring_capacity;
     u32 row_bytes;
     u32 unused;
@@ -218,7 +220,7 @@ struct TopParams {
 // src/backend/cuda/params.rs says the same.
 static_assert(sizeof(Activations) == 40, "");
 static_assert(sizeof(Matrix) == 32, "");
-static_assert(sizeof(LinearParams) == 152, "");
+static_assert(sizeof(LinearParams) == 192, "");
 static_assert(sizeof(DequantizeParams) == 24, "");
 static_assert(sizeof(EmbedParams) == 48, "");
 static_assert(sizeof(ResidualParams) == 112, "");
@@ -230,6 +232,5 @@ static_assert(sizeof(Tile) == 28, "");
 static_assert(sizeof(KeyValues) == 16, "");
 static_assert(sizeof(QkvParams) == 136, "");
 static_assert(sizeof(AttentionParams) == 160, "");
-static_assert(sizeof(MergeParams) == 64, "");
+static_assert(sizeof(MergeParams) == 136, "");
 static_assert(sizeof(TopParams) == 40, "");
-static_assert(sizeof(KeepParams) == 72, "");

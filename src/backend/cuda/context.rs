@@ -6,8 +6,8 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use super::driver::{Buffer, Event, Graph, Grid, Pinned, Stream};
 use super::params::{
-    Activations, Address, AttentionParams, EmbedParams, GatedParams, KeepParams, KeyValues, MergeParams, QkvParams,
-    ResidualParams, TopParams,
+    Activations, Address, AttentionParams, EmbedParams, GatedParams, KeyValues, MergeParams, QkvParams, ResidualParams,
+    TopParams,
 };
 use super::plan::{self, LayerLists, Shape, Splits};
 use super::weights::{DeviceLayer, DeviceMatrix};
@@ -117,7 +117,7 @@ impl Input {
             hi: new(stride * 2)?,
             lo: new(stride * 2)?,
             exact: exact.then(|| new(stride * 4)).transpose()?,
-            sums: sums.then(|| new(stride / 32 * 4)).transpose()?,
+            sums: sums.then(|| new(stride / 16 * 4)).transpose()?,
             stride,
         })
     }
@@ -129,7 +129,7 @@ impl Input {
             hi: self.hi.at(row * self.stride * 2),
             lo: self.lo.at(row * self.stride * 2),
             exact: at(&self.exact, self.stride * 4),
-            sums: at(&self.sums, self.stride / 32 * 4),
+            sums: at(&self.sums, self.stride / 16 * 4),
             stride: self.stride as u32,
             unused: 0,
         }
@@ -168,8 +168,8 @@ struct Step {
     k: Buffer,       // (entering row, kv_dim)
     v: Buffer,       // (entering row, kv_dim)
     partial: Buffer, // (row that goes on, head, split, head_dim + 2)
-    gate: Buffer,    // (row that goes on, n_ff)
-    up: Buffer,      // (row that goes on, n_ff)
+    gate: Buffer,    // (row that goes on, n_ff), or nothing if it is always computed together with up
+    up: Buffer,      // the same
     out: Buffer,     // (row that goes on, n_embd)
     normed: Buffer,  // (output, n_embd), of passes that make embeddings
     head: Buffer,    // (output, up to HEAD_ROWS of them; n_vocab)
@@ -254,6 +254,8 @@ impl CudaContext {
             }
             _ => None,
         };
+        let is_apart = gemm.is_some() || model.weights.layers.iter().any(|l| l.gate.dtype != l.up.dtype);
+        let rows_apart = if is_apart { rows } else { 0 };
         let n_head = options.n_logits.clamp(1, HEAD_ROWS);
         // Two blocks to each multiprocessor.
         let wanted = (2 * model.device.n_multiprocessors).div_ceil(h.n_kv_heads);
@@ -272,8 +274,8 @@ impl CudaContext {
             k: scratch(rows, h.kv_dim())?,
             v: scratch(rows, h.kv_dim())?,
             partial: scratch(splits.room * h.n_heads, h.head_dim + 2)?,
-            gate: scratch(rows, h.n_ff)?,
-            up: scratch(rows, h.n_ff)?,
+            gate: scratch(rows_apart, h.n_ff)?,
+            up: scratch(rows_apart, h.n_ff)?,
             out: scratch(rows, h.n_embd)?,
             normed: scratch(rows, h.n_embd)?,
             head: scratch(n_head, h.n_vocab)?,
@@ -448,6 +450,27 @@ impl Step {
         unsafe { self.model.linear(&self.stream, x, matrices, rows, self.sums, gemm.as_mut()) }
     }
 
+    /// Queues gate and up: `activated` from `input`.
+    ///
+    /// # Safety
+    /// As [`Cuda::linear`].
+    unsafe fn gated(&self, layer: &DeviceLayer, rows: usize) -> Result<()> {
+        let model = &*self.model;
+        let (x, act) = (self.input.from(0), self.activated.from(0));
+        let is_product = rows > FEW_ROWS && lock(&self.gemm).is_some();
+        if layer.gate.dtype == layer.up.dtype && !is_product {
+            // SAFETY: the caller's promise.
+            return unsafe { model.linear_gated(&self.stream, x, [&layer.gate, &layer.up], act, rows, self.sums) };
+        }
+        let (gate, up, n) = (self.gate.address(), self.up.address(), model.hyper.n_ff);
+        let params = GatedParams { gate, up, act, rows: rows as u32, n: n as u32 };
+        // SAFETY: the caller's promise; gate and up have room, see `new`.
+        unsafe {
+            self.linear(x, &[(&layer.gate, gate), (&layer.up, up)], rows)?;
+            self.stream.launch(model.kernels.gated, Self::by_row(rows, n), &params)
+        }
+    }
+
     /// Queues all layers, and the output norm. With `cancelled`, which is asked between layers, it waits for earlier ones.
     fn layers(&self, shape: &Shape, cancelled: Option<&(dyn Fn() -> bool + Sync)>) -> Result<()> {
         let model = &*self.model;
@@ -500,18 +523,9 @@ impl Step {
             // SAFETY: as above.
             unsafe { self.stream.launch(model.kernels.residual_norm, grid, &residual)? };
             (x, x_next) = (x_next, x);
-            let both = [(&layer.gate, self.gate.address()), (&layer.up, self.up.address())];
-            let gated = GatedParams {
-                gate: self.gate.address(),
-                up: self.up.address(),
-                act: self.activated.from(0),
-                rows: n_keep as u32,
-                n: h.n_ff as u32,
-            };
             // SAFETY: as above.
             unsafe {
-                self.linear(self.input.from(0), &both, n_keep)?;
-                self.stream.launch(model.kernels.gated, Self::by_row(n_keep, h.n_ff), &gated)?;
+                self.gated(layer, n_keep)?;
                 self.linear(self.activated.from(0), &[(&layer.down, out)], n_keep)?;
             }
             let next = model.weights.layers.get(i + 1);
@@ -636,34 +650,40 @@ impl Step {
             _ => (model.kernels.attention_plain, plain_shared(h.head_dim)),
         };
         let grid = Grid { blocks: (lists.tiles.len(), h.n_kv_heads, splits), threads: ATTENTION_THREADS, shared };
-        let at_once = self.splits.rows_at_once(n_keep);
-        for first in (0..n_keep).step_by(at_once.max(1)) {
+        // Heads that make up whole parts of 32 values, see `MergeParams`.
+        let heads = (1..=h.n_heads).find(|n| n * h.head_dim % 32 == 0).unwrap_or(h.n_heads);
+        let merge = MergeParams {
+            partial,
+            act: self.attended.from(0),
+            rows,
+            enter,
+            entries: shape.entries.at(base),
+            ring,
+            fresh,
+            n: 0,
+            n_heads,
+            head_dim,
+            heads: heads as u32,
+            splits: lists.splits,
+            ring_capacity: self.options.layout.ring_capacity as u32,
+            row_bytes,
+            unused: 0,
+        };
+        let at_once = self.splits.rows_at_once(n_keep).max(1);
+        // Once, too, if no row goes on: hidden ones are kept.
+        for first in (0..n_keep.max(1)).step_by(at_once) {
             let n = at_once.min(n_keep - first);
+            // Rings change when nobody reads them any more.
+            let is_last = first + n == n_keep;
+            let n_kept = if is_last && self.options.layout.ring_capacity > 0 { n_enter } else { 0 };
             let attention = AttentionParams { first: first as u32, n: n as u32, ..attention };
-            let act = self.attended.from(first);
-            let merge = MergeParams { partial, act, n: n as u32, n_heads, head_dim, splits: splits as u32 };
+            let merge = MergeParams { n: n as u32, act: self.attended.from(first), ..merge };
+            let blocks = (n + n_kept, h.n_heads.div_ceil(heads), 1);
+            let merge_grid = Grid { blocks, threads: ATTENTION_THREADS, shared: heads * h.head_dim * 4 };
             // SAFETY: see `layers`.
             unsafe {
                 self.stream.launch(kernel, grid, &attention)?;
-                self.stream.launch(model.kernels.attention_merge, Self::by_row(n, h.q_dim()), &merge)?;
-            }
-        }
-        if self.options.layout.ring_capacity > 0 {
-            let keep = KeepParams {
-                rows,
-                enter,
-                entries: shape.entries.at(base),
-                ring,
-                fresh,
-                n: lists.enter.n,
-                ring_capacity: self.options.layout.ring_capacity as u32,
-                row_bytes,
-                unused: 0,
-            };
-            // SAFETY: see `layers`.
-            unsafe {
-                let grid = Grid { threads: ATTENTION_THREADS, ..Self::by_row(n_enter, 0) };
-                self.stream.launch(model.kernels.keep_hidden, grid, &keep)?;
+                self.stream.launch(model.kernels.attention_merge, merge_grid, &merge)?;
             }
         }
         Ok(())

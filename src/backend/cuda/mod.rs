@@ -40,8 +40,11 @@ enum Sums {
     Invariant,
 }
 
-/// The narrowest of [`WIDTHS`] for so many rows, or the widest.
-fn width(rows: usize, sums: Sums) -> (usize, usize) {
+/// The narrowest of [`WIDTHS`] for so many rows, or the widest. `linear_f32` has groups of 8 rows and no tiles.
+fn width(dtype: DType, rows: usize, sums: Sums) -> (usize, usize) {
+    if dtype == DType::F32 {
+        return (0, 8);
+    }
     let widths = match sums {
         Sums::Fast => &WIDTHS[..],
         Sums::Exact => &WIDTHS[..3],
@@ -52,8 +55,6 @@ fn width(rows: usize, sums: Sums) -> (usize, usize) {
 
 /// Rows above which a GEMM library pays.
 const FEW_ROWS: usize = 64;
-/// Rows to a group of `linear_f32`.
-const F32_ROWS: usize = 8;
 const THREADS: u32 = 256;
 
 /// A device that has been asked for, and found fit.
@@ -84,7 +85,6 @@ struct Kernels {
     attention_plain: Kernel,
     attention_mma: Option<Kernel>,
     attention_merge: Kernel,
-    keep_hidden: Kernel,
     top_chunks: Kernel,
     top_rows: Kernel,
 }
@@ -184,11 +184,6 @@ impl Cuda {
         }
         // Matrices of one type share a launch.
         for same in matrices.chunk_by(|a, b| a.0.dtype == b.0.dtype) {
-            let dtype = same[0].0.dtype;
-            let (tiles, at_once) = match dtype {
-                DType::F32 => (0, F32_ROWS),
-                _ => width(rows, sums),
-            };
             let mut parameters = LinearParams {
                 x,
                 n_matrices: same.len() as u32,
@@ -200,11 +195,55 @@ impl Cuda {
                 *p = Matrix { weights: m.weights, bias: m.bias, out: *out, n_out: m.n_out as u32, unused: 0 };
             }
             let strips = same.iter().map(|(m, _)| m.strips()).sum();
-            let grid = Grid { blocks: (strips, rows.div_ceil(at_once), 1), threads: THREADS, shared: 0 };
             // SAFETY: the caller's promise; the matrices lie in the model's arena.
-            unsafe { stream.launch(self.kernels.linear[&(dtype, tiles)], grid, &parameters)? };
+            unsafe { self.launch_linear(stream, same[0].0.dtype, strips, sums, &parameters)? };
         }
         Ok(())
+    }
+
+    /// `act = silu(gate x) * up x`, in one launch; gate and up are of one type.
+    ///
+    /// # Safety
+    /// As [`Cuda::linear`].
+    unsafe fn linear_gated(
+        &self,
+        stream: &Stream,
+        x: Activations,
+        both: [&DeviceMatrix; 2],
+        act: Activations,
+        rows: usize,
+        sums: Sums,
+    ) -> Result<()> {
+        let of =
+            |m: &DeviceMatrix| Matrix { weights: m.weights, bias: m.bias, n_out: m.n_out as u32, ..Matrix::default() };
+        let parameters = LinearParams {
+            x,
+            act,
+            matrices: [of(both[0]), of(both[1]), Matrix::default()],
+            n_matrices: 2,
+            n_in: both[0].n_in as u32,
+            rows: rows as u32,
+            is_gated: 1,
+        };
+        // SAFETY: the caller's promise; the matrices lie in the model's arena.
+        unsafe { self.launch_linear(stream, both[0].dtype, act.stride as usize / STRIP, sums, &parameters) }
+    }
+
+    /// # Safety
+    /// `parameters` describe memory of the right sizes.
+    unsafe fn launch_linear(
+        &self,
+        stream: &Stream,
+        dtype: DType,
+        strips: usize,
+        sums: Sums,
+        parameters: &LinearParams,
+    ) -> Result<()> {
+        let rows = parameters.rows as usize;
+        let (tiles, at_once) = width(dtype, rows, sums);
+        let grid = Grid { blocks: (strips, rows.div_ceil(at_once), 1), threads: THREADS, shared: 0 };
+        // SAFETY: the caller's promise.
+        unsafe { stream.launch(self.kernels.linear[&(dtype, tiles)], grid, parameters) }
     }
 
     /// One matrix through cuBLASLt, converted to bf16 first where it is stored otherwise.
@@ -301,8 +340,7 @@ impl Kernels {
                 n @ (64 | 128) if h.n_heads / h.n_kv_heads <= context::TILE_QUERIES => Some(mma(n)?),
                 _ => None,
             },
-            attention_merge: module.kernel("attention_merge", widest)?,
-            keep_hidden: module.kernel("keep_hidden", 0)?,
+            attention_merge: module.kernel("attention_merge", 0)?,
             top_chunks: module.kernel("top_chunks", 0)?,
             top_rows: module.kernel("top_rows", 0)?,
         })

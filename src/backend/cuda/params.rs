@@ -28,7 +28,9 @@ macro_rules! params {
 params! {
     Activations = 40 { hi: Address, lo: Address, exact: Address, sums: Address, stride: u32, unused: u32 }
     Matrix = 32 { weights: Address, bias: Address, out: Address, n_out: u32, unused: u32 }
-    LinearParams = 152 { x: Activations, matrices: [Matrix; 3], n_matrices: u32, n_in: u32, rows: u32, unused: u32 }
+    LinearParams = 192 {
+        x: Activations, act: Activations, matrices: [Matrix; 3], n_matrices: u32, n_in: u32, rows: u32, is_gated: u32,
+    }
     DequantizeParams = 24 { weights: Address, out: Address, n_in: u32, n_strips: u32 }
     EmbedParams = 48 {
         weights: Address, tokens: Address, tables: Address, x: Address, table: u32, n: u32, rows: u32, unused: u32,
@@ -54,10 +56,9 @@ params! {
         n_kv_heads: u32, head_dim: u32, splits: u32, rows_per_block: u32, ring_capacity: u32, cache_type: u32, row_bytes: u32,
         is_invariant: u32, scale: f32,
     }
-    MergeParams = 64 { partial: Address, act: Activations, n: u32, n_heads: u32, head_dim: u32, splits: u32 }
-    TopParams = 40 { logits: Address, keys: Address, tokens: Address, values: Address, n_vocab: u32, n_chunks: u32 }
-    KeepParams = 72 {
-        rows: Address, enter: Address, entries: Address, ring: KeyValues, fresh: KeyValues, n: u32, ring_capacity: u32,
-        row_bytes: u32, unused: u32,
+    MergeParams = 136 {
+        partial: Address, act: Activations, rows: Address, enter: Address, entries: Address, ring: KeyValues, fresh: KeyValues,
+        n: u32, n_heads: u32, head_dim: u32, heads: u32, splits: u32, ring_capacity: u32, row_bytes: u32, unused: u32,
     }
+    TopParams = 40 { logits: Address, keys: Address, tokens: Address, values: Address, n_vocab: u32, n_chunks: u32 }
 }

@@ -6,7 +6,7 @@ use super::driver::{Buffer, Device, Grid, Module, Stream};
 use super::pack::{matrix_bytes, pack_strip, strip_bytes, type_name};
 use super::params::{Activations, LinearParams, Matrix, Params, ResidualParams};
 use super::weights::STRIP;
-use super::{F32_ROWS, Sums, THREADS, compile, width};
+use super::{Sums, THREADS, compile, width};
 use crate::backend::testing::{Noise, weights};
 use crate::tensor::{DType, dequantize_row};
 
@@ -61,22 +61,36 @@ fn noise(n: usize, seed: u32) -> Vec<f32> {
     (0..n).map(|_| noise.float()).collect()
 }
 
-/// The activations of `rows` rows of `n`, made by the kernel that makes them in a step.
+/// Activations of some rows.
 struct Made {
-    _buffers: Vec<Buffer>,
+    buffers: Vec<Buffer>, // hi, lo, exact, sums; what they were made from
     act: Activations,
 }
 
-fn activations(b: &Bench, x: &[f32], rows: usize, n: usize) -> Made {
+/// Nothing yet, for `rows` rows of `n`.
+fn no_activations(b: &Bench, rows: usize, n: usize) -> Made {
     let stride = n.next_multiple_of(32);
     let buffer = |bytes: usize| Buffer::new(&b.device, "a test", rows * bytes).unwrap();
-    let buffers =
-        vec![buffer(stride * 2), buffer(stride * 2), buffer(stride * 4), buffer(stride / 32 * 4), b.upload(x)];
+    let buffers = vec![buffer(stride * 2), buffer(stride * 2), buffer(stride * 4), buffer(stride / 16 * 4)];
     let at = |i: usize| buffers[i].address();
     let act = Activations { hi: at(0), lo: at(1), exact: at(2), sums: at(3), stride: stride as u32, unused: 0 };
-    let params = ResidualParams { x_in: at(4), act, rows: rows as u32, n: n as u32, ..ResidualParams::default() };
+    Made { buffers, act }
+}
+
+/// Those of x, (row, n), made by the kernel that makes them in a step.
+fn activations(b: &Bench, x: &[f32], rows: usize, n: usize) -> Made {
+    let mut made = no_activations(b, rows, n);
+    made.buffers.push(b.upload(x));
+    let act = made.act;
+    let params = ResidualParams {
+        x_in: made.buffers[4].address(),
+        act,
+        rows: rows as u32,
+        n: n as u32,
+        ..ResidualParams::default()
+    };
     b.launch("residual_norm", Grid { blocks: (rows, 1, 1), threads: THREADS, shared: n * 4 }, &params);
-    Made { _buffers: buffers, act }
+    made
 }
 
 fn packed(dtype: DType, n_in: usize, rows: &[u8]) -> Vec<u8> {
@@ -85,6 +99,23 @@ fn packed(dtype: DType, n_in: usize, rows: &[u8]) -> Vec<u8> {
     let strips = out.chunks_exact_mut(strip_bytes(dtype, n_in));
     strips.zip(rows.chunks(STRIP * row_bytes)).for_each(|(out, rows)| pack_strip(dtype, n_in, rows, out));
     out
+}
+
+/// The kernel for so many rows, and how many of them a block takes.
+fn kernel(dtype: DType, rows: usize, sums: Sums) -> (String, usize) {
+    match width(dtype, rows, sums) {
+        (0, at_once) => (format!("linear_{}", type_name(dtype)), at_once),
+        (tiles, at_once) => (format!("linear_{}_{tiles}", type_name(dtype)), at_once),
+    }
+}
+
+/// How far a linear layer's sum may be off, relative to its products' size: 2^-17 for two bf16 parts, 2^-9 for one.
+fn relative_bound(dtype: DType, rows: usize, sums: Sums) -> f64 {
+    match (dtype, rows, sums) {
+        (DType::F32, ..) => 2e-6,
+        (_, ..=16, _) | (_, _, Sums::Invariant) => 2e-5,
+        _ => 4e-3,
+    }
 }
 
 const TYPES: [DType; 9] =
@@ -115,13 +146,7 @@ fn linear_layers_of_every_type() {
                 let x = noise(rows * n_in, 7);
                 let made = activations(&b, &x, rows, n_in);
                 let out = b.upload(&vec![f32::NAN; rows * n_out]);
-                let (name, at_once) = match dtype {
-                    DType::F32 => ("linear_f32".to_owned(), F32_ROWS),
-                    _ => {
-                        let (tiles, at_once) = width(rows, sums);
-                        (format!("linear_{}_{tiles}", type_name(dtype)), at_once)
-                    }
-                };
+                let (name, at_once) = kernel(dtype, rows, sums);
                 let matrix = Matrix {
                     weights: device_weights.address(),
                     bias: device_bias.address(),
@@ -135,7 +160,7 @@ fn linear_layers_of_every_type() {
                     n_matrices: 1,
                     n_in: n_in as u32,
                     rows: rows as u32,
-                    unused: 0,
+                    ..LinearParams::default()
                 };
                 let blocks = (n_out.div_ceil(STRIP), rows.div_ceil(at_once), 1);
                 b.launch(&name, Grid { blocks, threads: THREADS, shared: 0 }, &params);
@@ -154,18 +179,100 @@ fn linear_layers_of_every_type() {
                         let products = x.iter().zip(&w).map(|(x, w)| f64::from(*x) * f64::from(*w));
                         let (sum, size) = products.fold((0.0, 0.0), |(s, a), p| (s + p, a + p.abs()));
                         let expected = sum + f64::from(bias[o]);
-                        // Relative to the products' size: 2^-17 for two bf16 parts, 2^-9 for one.
-                        let bound = match (dtype, rows, sums) {
-                            (DType::F32, ..) => 2e-6,
-                            (_, ..=16, _) | (_, _, Sums::Invariant) => 2e-5,
-                            _ => 4e-3,
-                        } * (size + expected.abs());
+                        let bound = relative_bound(dtype, rows, sums) * (size + expected.abs());
                         let difference = (f64::from(found[row * n_out + o]) - expected).abs();
                         assert!(
                             difference <= bound,
                             "{dtype} ({n_out}, {n_in}), row {row} of {rows}, output {o}: {} for {expected}",
                             found[row * n_out + o]
                         );
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+#[ignore = "needs a GPU or the emulator: tests/cuda/run.sh"]
+fn gate_and_up_in_one_launch() {
+    let b = bench();
+    for dtype in TYPES {
+        let n_in = if dtype.block_len() == 1 { 100 } else { 256 };
+        for n_out in [1, 40, 96] {
+            let tensors = [1, 2].map(|seed| weights(dtype, n_out, n_in, &mut Noise(seed)));
+            let on_device = [0, 1].map(|i| b.upload(&packed(dtype, n_in, &tensors[i].data)));
+            let biases = [noise(n_out, 98), noise(n_out, 99)];
+            let device_biases = [0, 1].map(|i| b.upload(&biases[i]));
+            let matrix = |i: usize| Matrix {
+                weights: on_device[i].address(),
+                bias: device_biases[i].address(),
+                n_out: n_out as u32,
+                ..Matrix::default()
+            };
+            let cases = [1, 4, 5, 15, 17, 65].map(|rows| (Sums::Fast, rows)).into_iter();
+            for (sums, rows) in cases.chain([(Sums::Invariant, 17)]) {
+                let mut x = noise(rows * n_in, 7);
+                x.iter_mut().for_each(|x| *x *= 0.2);
+                let made = activations(&b, &x, rows, n_in);
+                let out = no_activations(&b, rows, n_out);
+                let params = LinearParams {
+                    x: made.act,
+                    act: out.act,
+                    matrices: [matrix(0), matrix(1), Matrix::default()],
+                    n_matrices: 2,
+                    n_in: n_in as u32,
+                    rows: rows as u32,
+                    is_gated: 1,
+                };
+                let (name, at_once) = kernel(dtype, rows, sums);
+                let stride = out.act.stride as usize;
+                let blocks = (stride / STRIP, rows.div_ceil(at_once), 1);
+                b.launch(&name, Grid { blocks, threads: THREADS, shared: 0 }, &params);
+                let [hi, lo] = [0, 1].map(|i| {
+                    let words = b.download(&out.buffers[i]).into_iter().map(f32::to_bits);
+                    words.flat_map(|w| [w << 16, w & 0xffff_0000].map(f32::from_bits)).collect::<Vec<f32>>()
+                });
+                let (exact, of_16) = (b.download(&out.buffers[2]), b.download(&out.buffers[3]));
+                let mut w = vec![0.0; n_in];
+                for o in 0..stride {
+                    let row_bytes = tensors[0].data.len() / n_out;
+                    for row in 0..rows {
+                        let at = row * stride + o;
+                        let (mut expected, mut bound) = (0.0, 0.0);
+                        if o < n_out {
+                            let [(gate, gate_bound), (up, up_bound)] = [0, 1].map(|i| {
+                                dequantize_row(dtype, &tensors[i].data[o * row_bytes..][..row_bytes], &mut w);
+                                let products =
+                                    x[row * n_in..].iter().zip(&w).map(|(x, w)| f64::from(*x) * f64::from(*w));
+                                let (sum, size) = products.fold((0.0, 0.0), |(s, a), p| (s + p, a + p.abs()));
+                                let y = sum + f64::from(biases[i][o]);
+                                (y, relative_bound(dtype, rows, sums) * (size + y.abs()))
+                            });
+                            let silu = gate / (1.0 + (-gate).exp());
+                            expected = silu * up;
+                            // The slope of SiLU is at most 1.1.
+                            bound = 1.1 * gate_bound * (up.abs() + up_bound)
+                                + silu.abs() * up_bound
+                                + 2e-6 * expected.abs();
+                        }
+                        let what = format!("{dtype} {n_out}, row {row} of {rows}, column {o}");
+                        let difference = (f64::from(exact[at]) - expected).abs();
+                        assert!(difference <= bound, "{what}: {} for {expected}, bound {bound}", exact[at]);
+                        let parts = f64::from(hi[at]) + f64::from(lo[at]);
+                        assert!(
+                            (parts - f64::from(exact[at])).abs() <= 2e-5 * f64::from(exact[at]).abs(),
+                            "{what}: {parts}"
+                        );
+                        if o % 16 == 0 {
+                            let sum: f64 = (at..at + 16).map(|i| f64::from(hi[i]) + f64::from(lo[i])).sum();
+                            let size: f64 = (at..at + 16).map(|i| f64::from(hi[i]).abs()).sum();
+                            assert!(
+                                (f64::from(of_16[at / 16]) - sum).abs() <= 1e-6 * size,
+                                "{what}: sum {}",
+                                of_16[at / 16]
+                            );
+                        }
                     }
                 }
             }
