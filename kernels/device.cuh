@@ -11,13 +11,45 @@ typedef signed char i8;
 typedef int i32;
 
 #define DEVICE __device__ __forceinline__
-// An entry point; every one takes a struct by value.
-#define KERNEL(name, Params, threads) \
-    extern "C" __global__ void __launch_bounds__(threads) name(const __grid_constant__ Params p)
+// An entry point; every one takes a struct by value. It waits for the kernel before it, see below.
+#define KERNEL(name, Params, threads)                                                              \
+    DEVICE void name##_body(const Params& p);                                                      \
+    extern "C" __global__ void __launch_bounds__(threads) name(const __grid_constant__ Params p) { \
+        let_next_start();                                                                          \
+        wait_for_previous();                                                                       \
+        name##_body(p);                                                                            \
+    }                                                                                              \
+    DEVICE void name##_body(const Params& p)
+// One that calls wait_for_previous() itself.
+#define KERNEL_THAT_WAITS(name, Params, threads)                                                   \
+    DEVICE void name##_body(const Params& p);                                                      \
+    extern "C" __global__ void __launch_bounds__(threads) name(const __grid_constant__ Params p) { \
+        let_next_start();                                                                          \
+        name##_body(p);                                                                            \
+    }                                                                                              \
+    DEVICE void name##_body(const Params& p)
 #define SHARED(type, name, count) __shared__ __align__(16) type name[count]
 #define DYNAMIC_SHARED(type, name) \
     extern __shared__ __align__(16) u8 dynamic_shared[]; \
     type* name = reinterpret_cast<type*>(dynamic_shared)
+
+// Programmatic dependent launch (sm_90 and newer; launches ask for it, see src/backend/cuda/driver.rs): once all blocks of a kernel
+// have called let_next_start(), blocks of the next one may begin where there is room. wait_for_previous() returns when the kernel
+// before is through and what it wrote can be seen.
+//
+// Every thread of every kernel calls wait_for_previous(), before it returns and before it reads or writes anything that another
+// kernel writes or reads; weights, which none writes, may be read before. So no kernel is through before the one before it is, and
+// whoever has waited comes after all kernels before, not the last one alone: it may also write what any of them read.
+DEVICE void let_next_start() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+DEVICE void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
 
 DEVICE void sync_block() {
     __syncthreads();
@@ -95,12 +127,12 @@ DEVICE void mma_f16(float (&c)[4], const u32 (&a)[4], const u32 (&b)[2]) {
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// 16 bytes that are read once: weights.
+// 16 bytes that are read once: weights. Volatile, so that it stays before a wait_for_previous() that it was written before.
 DEVICE uint4 load16(const void* from) {
     uint4 x;
-    asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-        : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
-        : "l"(from));
+    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+                 : "l"(from));
     return x;
 }
 

@@ -271,14 +271,15 @@ DEVICE void product(float (&c)[4], const u32 (&pairs)[2][4], u32 first, u32 x, u
     mma_bf16(c, a, b);
 }
 
-// Which matrix and which of its strips a block has, unless they are gated.
-DEVICE Matrix find_strip(const LinearParams& p, u32& strip) {
+// Which matrix and which of its strips a block has; if gated, half of its warps have gate's strip, the others up's.
+DEVICE u32 find_strip(const LinearParams& p, u32& strip) {
     strip = blockIdx.x;
+    if (p.is_gated) return threadIdx.x / 32 / (WARPS / 2);
     u32 i = 0;
     for (; i + 1 < p.n_matrices && strip >= ceil_div(p.matrices[i].n_out, STRIP); i++) {
         strip -= ceil_div(p.matrices[i].n_out, STRIP);
     }
-    return p.matrices[i];
+    return i;
 }
 
 // What comes of gate and up, or padding: columns of `act` that are the outputs of a strip. All threads of the block call this;
@@ -304,7 +305,7 @@ struct alignas(8) Pair {
 };
 
 // Of one strip and a group of TILES * 8 rows: all 8 warps take chunks in turn and add up in the end, always in one
-// order. If gated, half of the warps have gate's strip, the others up's. PARTS: of an activation, 2 or 1 (hi alone). If SHARED_TILE, there are 4 rows whose hi parts are the columns
+// order. PARTS: of an activation, 2 or 1 (hi alone). If SHARED_TILE, there are 4 rows whose hi parts are the columns
 // 0 .. 3 of the one tile, and the lo parts its columns 4 .. 7. No column depends on another.
 template <class T, u32 TILES, u32 PARTS, bool SHARED_TILE>
 DEVICE void multiply(const LinearParams& p) {
@@ -313,8 +314,8 @@ DEVICE void multiply(const LinearParams& p) {
     SHARED(float, partial, WARPS * TILES * 128); // (warp, tile, element of the fragment, lane)
     const u32 n_warps = p.is_gated ? WARPS / 2 : WARPS; // to a strip
     const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32 % n_warps, g = lane / 4, t = lane % 4;
-    u32 strip = blockIdx.x;
-    const Matrix m = p.is_gated ? p.matrices[threadIdx.x / 32 / n_warps] : find_strip(p, strip);
+    u32 strip;
+    const Matrix& m = p.matrices[find_strip(p, strip)]; // by reference: not to be kept in registers
     const u32 first = blockIdx.y * ROWS, rows = umin(p.rows - first, ROWS);
     const u32 stride = p.x.stride, n_units = ceil_div(p.n_in, UNIT);
 
@@ -336,6 +337,7 @@ DEVICE void multiply(const LinearParams& p) {
     for (u32 j = 0; j < AHEAD; j++) {
         if (warp + j * n_warps < n_chunks) load(ring[j], weights, warp + j * n_warps, p.n_in, lane);
     }
+    wait_for_previous();
     float sum[TILES][4] = {};
     for (u32 base = warp; base < n_chunks; base += AHEAD * n_warps) {
 #pragma unroll
@@ -538,12 +540,12 @@ DEVICE void dequantize(const DequantizeParams& p) {
 } // namespace linear
 
 // The number in the name: columns of activations in tiles of 8, which make 4, 8, 16 and 64 rows. Grid: see
-// LinearParams.
+// LinearParams. Their first weights are on the way before they wait.
 #define LINEAR_KERNELS(name, T)                                                                              \
-    KERNEL(linear_##name##_1, LinearParams, 256) { linear::multiply<linear::T, 1, 1, true>(p); }             \
-    KERNEL(linear_##name##_2, LinearParams, 256) { linear::multiply<linear::T, 1, 2, false>(p); }            \
-    KERNEL(linear_##name##_4, LinearParams, 256) { linear::multiply<linear::T, 2, 2, false>(p); }            \
-    KERNEL(linear_##name##_8, LinearParams, 256) { linear::multiply<linear::T, 8, 1, false>(p); }            \
+    KERNEL_THAT_WAITS(linear_##name##_1, LinearParams, 256) { linear::multiply<linear::T, 1, 1, true>(p); }  \
+    KERNEL_THAT_WAITS(linear_##name##_2, LinearParams, 256) { linear::multiply<linear::T, 1, 2, false>(p); } \
+    KERNEL_THAT_WAITS(linear_##name##_4, LinearParams, 256) { linear::multiply<linear::T, 2, 2, false>(p); } \
+    KERNEL_THAT_WAITS(linear_##name##_8, LinearParams, 256) { linear::multiply<linear::T, 8, 1, false>(p); } \
     KERNEL(embed_##name, EmbedParams, 256) { linear::embed<linear::T>(p); }
 #define DEQUANTIZE_KERNEL(name, T) \
     KERNEL(dequantize_##name, DequantizeParams, 256) { linear::dequantize<linear::T>(p); }
@@ -569,10 +571,11 @@ KERNEL(linear_f32, LinearParams, 256) {
     using namespace linear;
     SHARED(float, y, 2 * 8 * STRIP); // (gate or up, row, output of the strip), or the one matrix's
     const u32 first = blockIdx.y * 8, rows = umin(p.rows - first, 8u);
-    u32 strip = blockIdx.x;
-    const Matrix one = p.is_gated ? p.matrices[0] : find_strip(p, strip);
+    u32 strip;
+    const u32 found = find_strip(p, strip);
+    const Matrix& one = p.matrices[p.is_gated ? 0 : found];
     for (u32 i = 0; i < (p.is_gated ? 2 : 1) && strip * STRIP < one.n_out; i++) {
-        const Matrix m = i == 0 ? one : p.matrices[i];
+        const Matrix& m = p.is_gated ? p.matrices[i] : one;
         float* to = y + i * 8 * STRIP;
         if (rows == 1) multiply_f32<1>(p, m, strip, first, rows, to);
         else if (rows == 2) multiply_f32<2>(p, m, strip, first, rows, to);

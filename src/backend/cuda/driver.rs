@@ -36,6 +36,8 @@ pub struct Device {
     /// Bytes of shared memory that a block may ask for.
     pub shared_memory: usize,
     pub driver_version: i32,
+    /// Kernels may begin before the one before them is through: see `wait_for_previous` in `kernels/device.cuh`.
+    overlaps: bool,
     device: sys::CUdevice,
     context: sys::CUcontext,
 }
@@ -97,7 +99,20 @@ impl Device {
             .or_failed("cannot ask the driver's version")?;
         // SAFETY: `device` is valid; released when the owner is dropped.
         let context = unsafe { result::primary_ctx::retain(device) }.or_failed("cannot use the CUDA device")?;
-        Ok(Arc::new(Device { ordinal, name, arch, n_multiprocessors, shared_memory, driver_version, device, context }))
+        // Graphs of such launches can be captured from CUDA 12.3 on.
+        let is_wanted = std::env::var_os("PHD_CUDA_OVERLAP").is_none_or(|v| v != "0");
+        let overlaps = is_wanted && arch >= (9, 0) && driver_version >= 12030;
+        Ok(Arc::new(Device {
+            ordinal,
+            name,
+            arch,
+            n_multiprocessors,
+            shared_memory,
+            driver_version,
+            overlaps,
+            device,
+            context,
+        }))
     }
 
     pub fn enter(&self) -> Result<Entered<'_>> {
@@ -291,20 +306,30 @@ impl Stream {
         if x * y * z == 0 {
             return Ok(());
         }
-        let blocks = (x as u32, y as u32, z as u32);
         let mut arguments = [std::ptr::from_ref(params).cast_mut().cast::<c_void>()];
+        // After anything but a kernel it makes no difference. Kernels of cuBLASLt neither ask for it nor need to wait: they begin when
+        // everything before is through, and ours wait until all of a product is.
+        let mut overlap = sys::CUlaunchAttribute {
+            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            pad: [0; 4],
+            value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+        };
+        let config = sys::CUlaunchConfig {
+            gridDimX: x as u32,
+            gridDimY: y as u32,
+            gridDimZ: z as u32,
+            blockDimX: grid.threads,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: grid.shared as u32,
+            hStream: self.stream,
+            attrs: &mut overlap,
+            numAttrs: self.device.overlaps.into(),
+        };
         // SAFETY: the kernel takes one struct, which the driver copies before it returns; the rest is the caller's promise.
-        unsafe {
-            result::launch_kernel(
-                kernel.0,
-                blocks,
-                (grid.threads, 1, 1),
-                grid.shared as u32,
-                self.stream,
-                &mut arguments,
-            )
-        }
-        .or_failed("cannot launch a kernel")
+        unsafe { sys::cuLaunchKernelEx(&config, kernel.0, arguments.as_mut_ptr(), std::ptr::null_mut()) }
+            .result()
+            .or_failed("cannot launch a kernel")
     }
 
     /// # Safety

@@ -4,7 +4,9 @@
 // as garbage and ends at a page that nobody may touch, what must not happen during a capture is refused. Settings, read at each use:
 //   PHD_EMULATOR_DEVICES  0: there is none           PHD_EMULATOR_MEMORY  bytes of device memory (1 GiB)
 //   PHD_EMULATOR_FAIL     NAME:N, the N-th call of that function fails   PHD_EMULATOR_SEED  of the order of threads
+//   PHD_EMULATOR_VERSION  of the driver (13000)      PHD_EMULATOR_NO_OVERLAP  1: launches may not ask to overlap
 #include <algorithm>
+#include <array>
 #include <csetjmp>
 #include <csignal>
 #include <cstdint>
@@ -30,7 +32,7 @@ namespace {
 // Of CUresult.
 constexpr int OK = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, NO_DEVICE = 100, INVALID_DEVICE = 101, INVALID_IMAGE = 200,
               INVALID_CONTEXT = 201, NOT_FOUND = 500, ILLEGAL_ADDRESS = 700, LAUNCH_FAILED = 719, CAPTURE_UNSUPPORTED = 900,
-              CAPTURE_INVALIDATED = 901, CAPTURE_WRONG_THREAD = 908, UNKNOWN = 999;
+              NOT_SUPPORTED = 801, CAPTURE_INVALIDATED = 901, CAPTURE_WRONG_THREAD = 908, UNKNOWN = 999;
 
 // Shared memory that a block may have, static and dynamic: any kernel, and one that has asked for more.
 constexpr int MAX_UNASKED = 48 << 10, MAX_SHARED = 227 << 10;
@@ -193,7 +195,7 @@ API cuInit(unsigned) {
 }
 API cuDriverGetVersion(int* version) {
     BEGIN
-    *version = 13000;
+    *version = setting("PHD_EMULATOR_VERSION", 13000);
     return OK;
 }
 API cuDeviceGetCount(int* n) {
@@ -450,18 +452,31 @@ API cuFuncSetAttribute(void* function, int attribute, int value) {
     static_cast<Function*>(function)->max_dynamic = value;
     return OK;
 }
-API cuLaunchKernel(void* function, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned threads_y, unsigned threads_z,
-                   unsigned dynamic, void* stream, void** arguments, void** extra) {
+// The one attribute that is used: whether the kernel may begin before the one before it is through.
+struct Attribute {
+    int id;
+    char padding[4];
+    int value[16];
+};
+struct Launch {
+    unsigned x, y, z, threads, threads_y, threads_z, dynamic;
+    void* stream;
+    const Attribute* attributes;
+    unsigned n_attributes;
+};
+API cuLaunchKernelEx(const Launch* launch, void* function, void** arguments, void** extra) {
     BEGIN_IN_CONTEXT
+    const auto [x, y, z, threads, threads_y, threads_z, dynamic, stream, attributes, n_attributes] = *launch;
     Function* f = static_cast<Function*>(function);
     const bool is_grid = x && y && z && y < 65536 && z < 65536 && threads_y == 1 && threads_z == 1 && !extra;
     if (!is_grid || threads > f->facts[0] || dynamic > static_cast<unsigned>(f->max_dynamic)) return INVALID_VALUE;
+    if (n_attributes > 1 || (n_attributes && (attributes->id != 6 || attributes->value[0] != 1))) return INVALID_VALUE;
+    if (n_attributes && setting("PHD_EMULATOR_NO_OVERLAP", 0)) return NOT_SUPPORTED;
     // As the driver, it copies the parameters now.
     const uint64_t* from = static_cast<const uint64_t*>(arguments[0]);
     auto parameters = std::make_shared<std::vector<uint64_t>>(from, from + f->facts[1] / 8);
-    return queue(stream, [=] {
-        const uint32_t grid[3] = {x, y, z};
-        return run_kernel(f, grid, threads, dynamic, parameters->data());
+    return queue(stream, [=, grid = std::array<uint32_t, 3>{x, y, z}, threads = threads, dynamic = dynamic] {
+        return run_kernel(f, grid.data(), threads, dynamic, parameters->data());
     });
 }
 
@@ -479,6 +494,7 @@ API cuGetErrorName(int error, const char** name) {
         {NOT_FOUND, "CUDA_ERROR_NOT_FOUND"},
         {ILLEGAL_ADDRESS, "CUDA_ERROR_ILLEGAL_ADDRESS"},
         {LAUNCH_FAILED, "CUDA_ERROR_LAUNCH_FAILED"},
+        {NOT_SUPPORTED, "CUDA_ERROR_NOT_SUPPORTED"},
         {CAPTURE_UNSUPPORTED, "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED"},
         {CAPTURE_INVALIDATED, "CUDA_ERROR_STREAM_CAPTURE_INVALIDATED"},
         {CAPTURE_WRONG_THREAD, "CUDA_ERROR_STREAM_CAPTURE_WRONG_THREAD"},

@@ -87,7 +87,7 @@ struct Barrier {
 struct Fiber {
     void* place;
     u8* stack;
-    bool is_done;
+    bool is_done, has_waited;
     const Barrier* waits_for; // to go on to another round than this
     u64 round;
     u32 turn;  // of its next instruction of the whole warp
@@ -149,6 +149,7 @@ inline void fail(const char* error) {
 
 inline void run_fiber() {
     machine.body(machine.arguments);
+    if (!machine.fibers[machine.current].has_waited) fail("a thread ends that has not waited for the kernel before");
     machine.fibers[machine.current].is_done = true;
     machine.n_done++;
     for (;;) pause_fiber();
@@ -175,9 +176,14 @@ void wait(const char* what, Barrier& barrier, u32 n, Work work) {
 // ---------------------------------------------------------------- device.cuh's names
 
 #define DEVICE static inline
-#define KERNEL(name, Params, threads)                                                              \
+#define KERNEL(name, Params, threads) EMULATED_KERNEL(name, Params, threads, wait_for_previous())
+#define KERNEL_THAT_WAITS(name, Params, threads) EMULATED_KERNEL(name, Params, threads, (void)0)
+#define EMULATED_KERNEL(name, Params, threads, first)                                              \
     static void name##_body(const Params& p);                                                      \
-    extern "C" void name##_emulated(void** arguments) { name##_body(*(const Params*)arguments[0]); } \
+    extern "C" void name##_emulated(void** arguments) {                                            \
+        first;                                                                                     \
+        name##_body(*(const Params*)arguments[0]);                                                 \
+    }                                                                                              \
     extern "C" const u32 name##_facts[2];                                                          \
     const u32 name##_facts[2] = {threads, sizeof(Params)};                                         \
     static void name##_body(const Params& p)
@@ -199,6 +205,10 @@ inline void meet_shared(void* array, size_t bytes) {
     memset(array, 0xff, bytes);
 }
 } // namespace emulator
+
+DEVICE void wait_for_previous() {
+    emulator::machine.fibers[emulator::machine.current].has_waited = true;
+}
 
 DEVICE void sync_block() {
     emulator::wait("sync_block", emulator::machine.block, emulator::machine.n_threads, [] {});
@@ -406,7 +416,7 @@ inline const char* launch(void (*body)(void**), Index grid, u32 n_threads, size_
         for (Barrier& warp : m.warps) warp.waiting = 0;
         for (u32 i = 0; i < n_threads; i++) {
             Fiber& fiber = m.fibers[i];
-            fiber.is_done = false;
+            fiber.is_done = fiber.has_waited = false;
             fiber.waits_for = nullptr;
             fiber.turn = 0;
             fiber.group = 0;
