@@ -246,6 +246,17 @@ impl Pool {
         (0..self.sequences[seq].len).map(move |position| self.token(seq, position))
     }
 
+    /// The stored rows of `seq` in order, as runs of consecutive rows of the cache: where each begins, and how many.
+    pub fn row_runs(&self, seq: usize) -> impl Iterator<Item = (usize, usize)> {
+        let Layout { block, stored_copies, .. } = self.layout;
+        let Sequence { blocks, len, .. } = &self.sequences[seq];
+        blocks.chunk_by(|a, b| a + 1 == *b).scan(*len, move |left, run| {
+            let n = (run.len() * block).min(*left);
+            *left -= n;
+            Some((run[0] as usize * block * stored_copies, n * stored_copies))
+        })
+    }
+
     pub fn ring(&self, seq: usize) -> Ring {
         self.sequences[seq].ring
     }

@@ -98,6 +98,9 @@ const SCORE_ROWS: usize = 16;
 
 type Progress = Box<dyn FnMut(f32) -> bool + Send>;
 
+/// Sees the context after each pass of a call of a single entry, how many outputs came before, and how many there are.
+type EachPass<'a> = &'a mut dyn FnMut(&dyn Context, usize, usize) -> Result<()>;
+
 /// One sequence's part of a batch.
 #[derive(Clone, Copy, Debug)]
 pub struct BatchEntry<'a> {
@@ -328,7 +331,7 @@ impl Session {
         n: usize,
         entry: &mut dyn FnMut(usize) -> Result<BatchEntry<'a>>,
     ) -> Result<()> {
-        self.extend(n, entry, Purpose::Decode, &mut |_, _, _| {})
+        self.extend(n, entry, Purpose::Decode, &mut |_, _, _| Ok(()))
     }
 
     /// Appends one token.
@@ -349,9 +352,10 @@ impl Session {
             for i in 0..n {
                 let at = from + i;
                 if let Some(&next) = tokens.get(at + 1) {
-                    scores[at] = log_probability(context.logits(first + i), next as usize);
+                    scores[at] = log_probability(context.logits(first + i)?, next as usize);
                 }
             }
+            Ok(())
         })
     }
 
@@ -386,6 +390,7 @@ impl Session {
                 sum.iter_mut().zip(context.embedding(row)).for_each(|(s, &x)| *s += f64::from(x));
             }
             count += n;
+            Ok(())
         })?;
         let length = sum.iter().map(|s| s * s).sum::<f64>().sqrt();
         let scale = if normalize && length > 0.0 { length } else { count as f64 };
@@ -395,13 +400,29 @@ impl Session {
 
     /// The logits that the last call on `seq` left, `[n_vocab]`.
     pub fn logits(&self, seq: i64) -> Result<&[f32]> {
-        Ok(self.context.logits(self.logits_row(seq)?))
+        self.context.logits(self.logits_row(seq)?)
+    }
+
+    /// Whether [`Session::logits`] has any.
+    pub(crate) fn has_logits(&self, seq: i64) -> Result<bool> {
+        Ok(self.has_logits[self.pool.check_seq(seq)?])
     }
 
     /// Chooses the next token of `seq` by its logits, as [`Sampler::sample`] does with [`Session::logits`]. Where a GPU computes and the
-    /// sampler begins with a small top-k, the vocabulary does not leave the GPU.
+    /// sampler begins with a small top-k or takes the best token, the vocabulary does not leave the GPU.
+    ///
+    /// # Errors
+    /// Those of both.
     pub fn sample(&self, seq: i64, sampler: &mut Sampler) -> Result<u32> {
-        let logits_row = self.logits_row(seq)?;
+        self.sample_row(self.logits_row(seq)?, sampler)
+    }
+
+    /// The same by the logits of [`Session::logits_at`].
+    pub fn sample_at(&self, seq: i64, index: usize, sampler: &mut Sampler) -> Result<u32> {
+        self.sample_row(self.logits_row_at(seq, index)?, sampler)
+    }
+
+    fn sample_row(&self, logits_row: usize, sampler: &mut Sampler) -> Result<u32> {
         if let Some(k) = sampler.best_wanted()
             && k <= TOP
             && self.model.hyper.n_vocab == sampler.n_vocab()
@@ -409,7 +430,7 @@ impl Session {
         {
             return sampler.sample_best(tokens, logits);
         }
-        sampler.sample(self.context.logits(logits_row))
+        sampler.sample(self.context.logits(logits_row)?)
     }
 
     /// Where the logits of `seq` are.
@@ -424,12 +445,16 @@ impl Session {
     /// The logits after token `index` of the last entry of `seq`, `[n_vocab]`, if it asked for [`Logits::Every`]. They are there until
     /// `seq` is changed or another call asks for every position's.
     pub fn logits_at(&self, seq: i64, index: usize) -> Result<&[f32]> {
+        self.context.logits(self.logits_row_at(seq, index)?)
+    }
+
+    fn logits_row_at(&self, seq: i64, index: usize) -> Result<usize> {
         let seq = self.pool.check_seq(seq)?;
         let EveryRows { first, n } = self.every[seq];
         if index >= n {
             return Err(invalid!("sequence {seq} has logits of {n} tokens of its last entry, not of token {index}"));
         }
-        Ok(self.context.logits(first + index))
+        Ok(first + index)
     }
 
     /// Positions in `seq`.
@@ -478,8 +503,10 @@ impl Session {
                 "{n} tokens of the last entry of sequence {seq} are to stay, expected 1 to {n_entry}"
             ));
         }
+        let row = self.logits_row[seq] ^ 1;
+        self.context.copy_logits(first + n - 1, row)?;
         self.pool.truncate(seq, self.pool.len(seq) - n_entry + n)?;
-        self.context.copy_logits(first + n - 1, self.logits_row[seq]);
+        self.logits_row[seq] = row;
         self.every[seq] = EveryRows::default();
         Ok(())
     }
@@ -507,13 +534,25 @@ impl Session {
         &self.options
     }
 
-    /// A stored row of a sequence, as [`Context::read_row`] gives it.
-    pub(crate) fn read_stored(&self, seq: i64, layer: usize, stored: usize, k: &mut [u8], v: &mut [u8]) {
-        self.context.read_row(layer, self.pool.cache_row(seq as usize, stored) as usize, k, v);
+    /// All stored rows of a sequence in a layer, as [`Context::read_rows`] gives them.
+    pub(crate) fn read_stored(&self, seq: i64, layer: usize, mut rows: &mut [u8]) -> Result<()> {
+        let bytes = 2 * self.cache_type().row_bytes(self.model.hyper.kv_dim());
+        for (first, n) in self.pool.row_runs(self.pool.check_seq(seq)?) {
+            let (run, rest) = rows.split_at_mut(n * bytes);
+            self.context.read_rows(layer, first, run)?;
+            rows = rest;
+        }
+        Ok(())
     }
 
-    pub(crate) fn write_stored(&mut self, seq: i64, layer: usize, stored: usize, k: &[u8], v: &[u8]) {
-        self.context.write_row(layer, self.pool.cache_row(seq as usize, stored) as usize, k, v);
+    pub(crate) fn write_stored(&mut self, seq: i64, layer: usize, mut rows: &[u8]) -> Result<()> {
+        let bytes = 2 * self.cache_type().row_bytes(self.model.hyper.kv_dim());
+        for (first, n) in self.pool.row_runs(self.pool.check_seq(seq)?) {
+            let (run, rest) = rows.split_at(n * bytes);
+            self.context.write_rows(layer, first, run)?;
+            rows = rest;
+        }
+        Ok(())
     }
 
     /// Makes `seq` a text whose stored rows are still to be written; after an error it is what it was.
@@ -527,7 +566,7 @@ impl Session {
 
     pub(crate) fn put_logits(&mut self, seq: i64, logits: &[f32]) -> Result<()> {
         let seq = self.pool.check_seq(seq)?;
-        self.context.logits_mut(self.logits_row[seq]).copy_from_slice(logits);
+        self.context.put_logits(self.logits_row[seq], logits);
         self.has_logits[seq] = true;
         Ok(())
     }
@@ -567,7 +606,7 @@ impl Session {
         if let Some((Source::Live(src), _)) = found
             && src != dst
         {
-            self.context.copy_rings(src, dst);
+            self.copy_rings(src, dst);
         }
         self.forget_logits(dst);
         let n = found.map_or(0, |(_, n)| n);
@@ -645,32 +684,36 @@ impl Session {
         if src == dst {
             return Ok(());
         }
+        let row = self.logits_row[dst] ^ 1;
+        if self.has_logits[src] {
+            self.context.copy_logits(self.logits_row[src], row)?;
+        }
         self.pool.fork(src, dst);
-        self.context.copy_rings(src, dst);
+        self.copy_rings(src, dst);
         self.forget_logits(dst);
-        self.context.copy_logits(self.logits_row[src], self.logits_row[dst]);
-        self.has_logits[dst] = self.has_logits[src];
+        (self.has_logits[dst], self.logits_row[dst]) = (self.has_logits[src], row);
         Ok(())
     }
 
-    fn extend_one(
-        &mut self,
-        seq: i64,
-        tokens: &[i32],
-        purpose: Purpose,
-        each_pass: &mut dyn FnMut(&dyn Context, usize, usize),
-    ) -> Result<()> {
+    /// Copies rings to a sequence that the pool has made the same text. If the device fails they are lost, and computed anew.
+    fn copy_rings(&mut self, src: usize, dst: usize) {
+        if let Err(error) = self.context.copy_rings(src, dst) {
+            log::error!("{error}");
+            self.pool.set_ring(dst, Ring::LOST);
+        }
+    }
+
+    fn extend_one(&mut self, seq: i64, tokens: &[i32], purpose: Purpose, each_pass: EachPass) -> Result<()> {
         self.extend(1, &mut |_| Ok(BatchEntry { seq, tokens, logits: Logits::Nothing }), purpose, each_pass)
     }
 
-    /// The one way by which sequences grow. `each_pass` sees the context after a pass of a single entry: how many outputs came
-    /// before, and how many there are.
+    /// The one way by which sequences grow.
     fn extend<'a>(
         &mut self,
         n: usize,
         entry: &mut dyn FnMut(usize) -> Result<BatchEntry<'a>>,
         purpose: Purpose,
-        each_pass: &mut dyn FnMut(&dyn Context, usize, usize),
+        each_pass: EachPass,
     ) -> Result<()> {
         let begin = Instant::now();
         let result = self.begin(n, entry, purpose).and_then(|()| self.run_parts(purpose, each_pass));
@@ -691,7 +734,7 @@ impl Session {
                         Wanted::Last(row) if purpose == Purpose::Decode => self.logits_row[seq] = row,
                         Wanted::Every(first) => {
                             self.every[seq] = EveryRows { first, n: end - start };
-                            self.context.copy_logits(first + end - start - 1, self.logits_row[seq]);
+                            self.logits_row[seq] ^= 1;
                         }
                         _ => {}
                     }
@@ -771,9 +814,6 @@ impl Session {
             at += n;
             let before = self.pool.ring(seq);
             let (reservation, copy) = self.pool.reserve(seq, tokens, dropped, &mut spare)?;
-            if let Some(copy) = copy {
-                self.context.copy_block(copy);
-            }
             if let Some(Middle { keep, n }) = dropped {
                 log::debug!("sequence {seq} is full: drops {n} positions after the first {keep}");
             }
@@ -796,12 +836,15 @@ impl Session {
             let task = Task::new(&rules, n_layers, seq, range, ring, wanted, self.options.pruning);
             let anew = dropped.map_or(0, |m| m.keep);
             self.parts.push(Part { task, reservation, ring, anew, touched: false });
+            if let Some(copy) = copy {
+                self.context.copy_block(copy)?;
+            }
         }
         Ok(())
     }
 
     /// Runs the parts of a call pass by pass.
-    fn run_parts(&mut self, purpose: Purpose, each_pass: &mut dyn FnMut(&dyn Context, usize, usize)) -> Result<()> {
+    fn run_parts(&mut self, purpose: Purpose, each_pass: EachPass) -> Result<()> {
         let rules = self.model.hyper.rules;
         let max_outputs = match purpose {
             Purpose::Decode => self.pool.layout().n_sequences + n_every(&self.options),
@@ -827,7 +870,7 @@ impl Session {
                 part.touched |= self.plan.entries.len() > before;
             }
             self.run_plan()?;
-            each_pass(&*self.context, done, self.plan.outputs.len());
+            each_pass(&*self.context, done, self.plan.outputs.len())?;
             done += self.plan.outputs.len();
             if let Some(progress) = &mut self.progress {
                 let (mut computed, mut all) = (0.0, 0.0);
@@ -839,6 +882,11 @@ impl Session {
                 if !is_done && !progress(computed / all) {
                     return Err(Error::Cancelled);
                 }
+            }
+        }
+        for Part { task, .. } in &self.parts {
+            if let Wanted::Every(first) = task.wanted {
+                self.context.copy_logits(first + task.end - task.start - 1, self.logits_row[task.seq] ^ 1)?;
             }
         }
         Ok(())

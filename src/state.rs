@@ -3,7 +3,7 @@
 //! Little endian, in this order: [`MAGIC`]; version u32; cache type u32; the model's fingerprint u128; layers u32; stored copies of a
 //! position u32; bytes of a row of keys (or of values) u32; 1 if there are logits u32; positions u64; positions dropped u64; token ids
 //! u32 (position); logits f32 (n_vocab) if there are any; for each layer and stored row its keys, then its values, as
-//! [`Context::read_row`](crate::backend::Context::read_row) gives them; XXH3-64 of all that, u64. Hidden rings are not stored: the next
+//! [`Context::read_rows`](crate::backend::Context::read_rows) gives them; XXH3-64 of all that, u64. Hidden rings are not stored: the next
 //! call rebuilds what it needs.
 //!
 //! A blob is untrusted: its length must be exactly what its header implies before anything else is looked at, and nothing is changed
@@ -140,7 +140,7 @@ impl Session {
             n_layers: hyper.n_layers as u32,
             stored_copies: hyper.rules.stored_copies() as u32,
             row_bytes: self.cache_type().row_bytes(hyper.kv_dim()) as u32,
-            has_logits: self.logits(seq).is_ok(),
+            has_logits: self.has_logits(seq)?,
             n_positions: self.len(seq)? as u64,
             dropped: self.dropped(seq)? as u64,
         })
@@ -153,6 +153,9 @@ impl Session {
     }
 
     /// Writes `seq`, its logits included, to `out`, of exactly [`Session::save_size`] bytes.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for another size; `Backend` if the device fails: what `out` holds is then no state.
     pub fn save(&self, seq: i64, out: &mut [u8]) -> Result<()> {
         let (header, size) = (self.header(seq)?, self.save_size(seq)?);
         if out.len() != size {
@@ -164,12 +167,9 @@ impl Session {
         if header.has_logits {
             self.logits(seq)?.iter().for_each(|x| to.put(&x.to_le_bytes()));
         }
-        let n = header.row_bytes as usize;
+        let layer_bytes = header.n_positions as usize * header.stored_copies as usize * 2 * header.row_bytes as usize;
         for layer in 0..header.n_layers as usize {
-            for row in 0..header.n_positions as usize * header.stored_copies as usize {
-                let (k, v) = to.room(2 * n).split_at_mut(n);
-                self.read_stored(seq, layer, row, k, v);
-            }
+            self.read_stored(seq, layer, to.room(layer_bytes))?;
         }
         let checksum = xxh3_64(&to.out[..to.at]);
         to.put(&checksum.to_le_bytes());
@@ -179,7 +179,8 @@ impl Session {
     /// Makes `seq`, whatever it held, what was saved.
     ///
     /// # Errors
-    /// `InvalidArgument` naming what is wrong with the blob, `CacheFull`: the sequence is what it was.
+    /// `InvalidArgument` naming what is wrong with the blob, `CacheFull`: the sequence is what it was. `Backend` if the device fails:
+    /// the sequence is then empty.
     pub fn restore(&mut self, seq: i64, blob: &[u8]) -> Result<()> {
         let found = Header::read(blob)?;
         let n_vocab = self.model().hyper.n_vocab;
@@ -236,9 +237,11 @@ impl Session {
             return Err(invalid!("the saved state has keys or values that are not finite"));
         }
         self.put_text(seq, &tokens, dropped as usize)?;
-        let n_rows = n * found.stored_copies as usize;
-        for (i, kv) in rows.chunks_exact(2 * row).enumerate() {
-            self.write_stored(seq, i / n_rows, i % n_rows, &kv[..row], &kv[row..]);
+        let layer_bytes = n * found.stored_copies as usize * 2 * row;
+        let mut layers = rows.chunks_exact(layer_bytes.max(1)).enumerate();
+        if let Err(error) = layers.try_for_each(|(layer, rows)| self.write_stored(seq, layer, rows)) {
+            self.truncate(seq, 0)?;
+            return Err(error);
         }
         if has_logits {
             self.put_logits(seq, &logits)?;

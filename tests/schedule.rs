@@ -6,7 +6,7 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 
 use phd::Error;
 use phd::cache::{Layout, Middle, Pool, Reservation, Source};
-use phd::schedule::{Attention, Place, Plan, Pruning, Ring, Rules, Store, Task, Wanted};
+use phd::schedule::{Attention, Place, Plan, Pruning, Ring, Rules, Sequences, Store, Task, Wanted};
 
 fn hash(parts: impl Hash) -> u64 {
     let mut h = DefaultHasher::new();
@@ -298,6 +298,11 @@ fn sight_is_the_mask() {
     }
 }
 
+/// Which row of the cache a stored row of `seq` is.
+fn row_of(pool: &Pool, seq: usize) -> impl Fn(usize) -> usize {
+    move |stored| pool.cache_row(seq, stored) as usize
+}
+
 /// Random programs over a few sequences in a small pool: every result is the dense definition's, failed calls change nothing, the
 /// pool's accounting adds up after each step, and what a prefix look-up finds is the longest there is.
 #[test]
@@ -406,6 +411,16 @@ fn random_programs_agree_with_the_dense_mask() {
                 }
             }
             machine.pool.audit().unwrap_or_else(|e| panic!("{}: {e}", what(&texts[seq])));
+            for seq in 0..n_sequences {
+                let runs: Vec<_> = machine.pool.row_runs(seq).collect();
+                let n_rows = machine.pool.len(seq) * rules.stored_copies();
+                assert!(
+                    runs.iter()
+                        .flat_map(|&(first, n)| first..first + n)
+                        .eq((0..n_rows).map(row_of(&machine.pool, seq)))
+                );
+                assert!(runs.windows(2).all(|two| two[0].0 + two[0].1 != two[1].0), "runs are as long as they can be");
+            }
             for (seq, text) in texts.iter().enumerate() {
                 assert!(machine.pool.text(seq).eq(text.tokens.iter().copied()), "{}", what(text));
             }

@@ -103,23 +103,26 @@ pub trait Context: Send {
     /// would have written hold nothing useful; logits and everything else are as before.
     fn run(&mut self, plan: &Plan, cancelled: &(dyn Fn() -> bool + Sync)) -> Result<()>;
     /// A row of the logits buffer, `[n_vocab]`.
-    fn logits(&self, row: usize) -> &[f32];
-    fn logits_mut(&mut self, row: usize) -> &mut [f32];
+    ///
+    /// # Errors
+    /// `Backend`, here and below: the device does not do what is asked, and what would have been copied there is as it was or lost.
+    fn logits(&self, row: usize) -> Result<&[f32]>;
+    fn put_logits(&mut self, row: usize, logits: &[f32]);
     /// The best tokens of a row of the logits buffer and their logits, best first (of equal logits the lower token), if the device has
     /// looked for them: [`TOP`], or as many as have a logit that is a number above -infinity.
     fn top(&self, _row: usize) -> Option<(&[u32], &[f32])> {
         None
     }
-    fn copy_logits(&mut self, src: usize, dst: usize);
+    fn copy_logits(&mut self, src: usize, dst: usize) -> Result<()>;
     /// A row of the embeddings buffer, `[n_embd]`: where the outputs of a plan of embeddings go.
     fn embedding(&self, row: usize) -> &[f32];
-    fn copy_block(&mut self, copy: BlockCopy);
+    fn copy_block(&mut self, copy: BlockCopy) -> Result<()>;
     /// Copies a sequence's hidden rings.
-    fn copy_rings(&mut self, src: usize, dst: usize);
-    /// A cache row's keys and values in a layer, as every backend of the cache's type encodes them: each
-    /// [`CacheType::row_bytes`] of `kv_dim` elements, heads one after another.
-    fn read_row(&self, layer: usize, row: usize, k: &mut [u8], v: &mut [u8]);
-    fn write_row(&mut self, layer: usize, row: usize, k: &[u8], v: &[u8]);
+    fn copy_rings(&mut self, src: usize, dst: usize) -> Result<()>;
+    /// Cache rows of a layer from `first` on, as many as fill `rows`: of each its keys, then its values, as every backend of the
+    /// cache's type encodes them, [`CacheType::row_bytes`] of `kv_dim` elements, heads one after another.
+    fn read_rows(&self, layer: usize, first: usize, rows: &mut [u8]) -> Result<()>;
+    fn write_rows(&mut self, layer: usize, first: usize, rows: &[u8]) -> Result<()>;
     fn memory(&self) -> ContextMemory;
 }
 

@@ -390,14 +390,14 @@ impl Context for ReferenceContext {
         Ok(())
     }
 
-    fn logits(&self, row: usize) -> &[f32] {
+    fn logits(&self, row: usize) -> Result<&[f32]> {
         let n = self.model.hyper.n_vocab;
-        &self.logits[row * n..(row + 1) * n]
+        Ok(&self.logits[row * n..(row + 1) * n])
     }
 
-    fn logits_mut(&mut self, row: usize) -> &mut [f32] {
+    fn put_logits(&mut self, row: usize, logits: &[f32]) {
         let n = self.model.hyper.n_vocab;
-        &mut self.logits[row * n..(row + 1) * n]
+        self.logits[row * n..(row + 1) * n].copy_from_slice(logits);
     }
 
     fn embedding(&self, row: usize) -> &[f32] {
@@ -405,39 +405,49 @@ impl Context for ReferenceContext {
         &self.embeddings[row * n..(row + 1) * n]
     }
 
-    fn read_row(&self, layer: usize, row: usize, k: &mut [u8], v: &mut [u8]) {
-        for (store, out) in [(&self.cache[layer].k, k), (&self.cache[layer].v, v)] {
-            out.copy_from_slice(&store.bytes[store.range(row)]);
+    fn read_rows(&self, layer: usize, first: usize, rows: &mut [u8]) -> Result<()> {
+        let kv = &self.cache[layer];
+        for (i, row) in rows.chunks_exact_mut(2 * kv.k.row_bytes).enumerate() {
+            let (k, v) = row.split_at_mut(kv.k.row_bytes);
+            k.copy_from_slice(&kv.k.bytes[kv.k.range(first + i)]);
+            v.copy_from_slice(&kv.v.bytes[kv.v.range(first + i)]);
         }
+        Ok(())
     }
 
-    fn write_row(&mut self, layer: usize, row: usize, k: &[u8], v: &[u8]) {
+    fn write_rows(&mut self, layer: usize, first: usize, rows: &[u8]) -> Result<()> {
         let kv = &mut self.cache[layer];
-        for (store, bytes) in [(&mut kv.k, k), (&mut kv.v, v)] {
-            let range = store.range(row);
-            store.bytes[range].copy_from_slice(bytes);
+        for (i, row) in rows.chunks_exact(2 * kv.k.row_bytes).enumerate() {
+            let (k, v) = row.split_at(kv.k.row_bytes);
+            let range = kv.k.range(first + i);
+            kv.k.bytes[range.clone()].copy_from_slice(k);
+            kv.v.bytes[range].copy_from_slice(v);
         }
+        Ok(())
     }
 
-    fn copy_logits(&mut self, src: usize, dst: usize) {
+    fn copy_logits(&mut self, src: usize, dst: usize) -> Result<()> {
         let n = self.model.hyper.n_vocab;
         self.logits.copy_within(src * n..(src + 1) * n, dst * n);
+        Ok(())
     }
 
-    fn copy_block(&mut self, copy: BlockCopy) {
+    fn copy_block(&mut self, copy: BlockCopy) -> Result<()> {
         let layout = self.options.layout;
         let rows_per_block = layout.block * layout.stored_copies;
         for kv in &mut self.cache {
             let (src, dst) = (copy.src as usize * rows_per_block, copy.dst as usize * rows_per_block);
             kv.copy(src, dst, copy.n_positions * layout.stored_copies);
         }
+        Ok(())
     }
 
-    fn copy_rings(&mut self, src: usize, dst: usize) {
+    fn copy_rings(&mut self, src: usize, dst: usize) -> Result<()> {
         let capacity = self.options.layout.ring_capacity;
         for ring in &mut self.rings {
             ring.copy(src * capacity, dst * capacity, capacity);
         }
+        Ok(())
     }
 
     fn memory(&self) -> ContextMemory {

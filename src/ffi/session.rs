@@ -245,7 +245,8 @@ pub unsafe extern "C" fn phd_decode(
 }
 
 /// The logits that the last call on `seq` left, `n_vocab` of them. They lie in the session and are valid until the next
-/// call that changes that sequence. `PHD_ERROR_INVALID_ARGUMENT` if there are none.
+/// call that changes that sequence. `PHD_ERROR_INVALID_ARGUMENT` if there are none. A GPU's are copied first: phd_sample and
+/// phd_sample_at may do without.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn phd_logits(
     session: *const phd_session,
@@ -587,7 +588,8 @@ pub unsafe extern "C" fn phd_session_stats(
 }
 
 /// Writes `seq`, logits included, to `state`: for any session of the same model and cache type. A small buffer gets
-/// `PHD_ERROR_BUFFER_TOO_SMALL` and the size in `*n_bytes`.
+/// `PHD_ERROR_BUFFER_TOO_SMALL` and the size in `*n_bytes`. After `PHD_ERROR_BACKEND`, when a device fails, what the buffer holds is no
+/// state.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn phd_seq_save(
     session: *const phd_session,
@@ -612,7 +614,8 @@ pub unsafe extern "C" fn phd_seq_save(
 }
 
 /// Makes `seq`, whatever it held, what phd_seq_save wrote. A state of another model or cache type, a damaged or a forged one gets
-/// `PHD_ERROR_INVALID_ARGUMENT`; after any failure the sequence is what it was.
+/// `PHD_ERROR_INVALID_ARGUMENT`; after any failure the sequence is what it was, but after `PHD_ERROR_BACKEND`, when a device fails while
+/// it is written, it is empty.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn phd_seq_restore(
     session: *mut phd_session,

@@ -38,6 +38,7 @@ print([e for e in map(json.loads, sys.stdin) if e.get("executable") and e["targe
     trap 'rm -rf "$PHD_CACHE_DIR"' EXIT
     cargo test --release --lib -- --ignored cuda
     cargo test --release --test cuda -- --include-ignored
+    PHD_CUDA_EXACT=1 cargo test --release --test cuda_failures -- --ignored
     # The emulator takes minutes for these.
     skip+=(--skip a_prefix_is_paid_for_once --skip a_text_without_end --skip a_saved_sequence_goes_on --skip what_is_left_after_a_drop)
     PHD_CUDA_EXACT=1 cargo test --release "${suites[@]}" -- "${skip[@]}"

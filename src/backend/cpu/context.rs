@@ -182,15 +182,15 @@ impl Context for CpuContext {
         if stopped.into_inner() { Err(Error::Cancelled) } else { Ok(()) }
     }
 
-    fn logits(&self, row: usize) -> &[f32] {
+    fn logits(&self, row: usize) -> Result<&[f32]> {
         let n = self.step.model.hyper.n_vocab;
         // SAFETY: no step is running: that takes `&mut self`.
-        unsafe { self.step.logits.slice(row * n, n) }
+        Ok(unsafe { self.step.logits.slice(row * n, n) })
     }
 
-    fn logits_mut(&mut self, row: usize) -> &mut [f32] {
+    fn put_logits(&mut self, row: usize, logits: &[f32]) {
         let n = self.step.model.hyper.n_vocab;
-        &mut self.step.logits.as_mut()[row * n..(row + 1) * n]
+        self.step.logits.as_mut()[row * n..(row + 1) * n].copy_from_slice(logits);
     }
 
     fn embedding(&self, row: usize) -> &[f32] {
@@ -199,27 +199,38 @@ impl Context for CpuContext {
         unsafe { self.step.embeddings.slice(row * n, n) }
     }
 
-    fn read_row(&self, layer: usize, row: usize, k: &mut [u8], v: &mut [u8]) {
+    fn read_rows(&self, layer: usize, first: usize, rows: &mut [u8]) -> Result<()> {
         let (keys, values) = &self.step.cache[layer];
-        // SAFETY: no step is running: that takes `&mut self`.
-        unsafe {
-            keys.encoded(row, k);
-            values.encoded(row, v);
+        let n = self.step.options.cache_type.row_bytes(self.step.model.hyper.kv_dim());
+        for (i, row) in rows.chunks_exact_mut(2 * n).enumerate() {
+            let (k, v) = row.split_at_mut(n);
+            // SAFETY: no step is running: that takes `&mut self`.
+            unsafe {
+                keys.encoded(first + i, k);
+                values.encoded(first + i, v);
+            }
         }
+        Ok(())
     }
 
-    fn write_row(&mut self, layer: usize, row: usize, k: &[u8], v: &[u8]) {
+    fn write_rows(&mut self, layer: usize, first: usize, rows: &[u8]) -> Result<()> {
+        let n = self.step.options.cache_type.row_bytes(self.step.model.hyper.kv_dim());
         let (keys, values) = &mut self.step.cache[layer];
-        keys.set_encoded(row, k);
-        values.set_encoded(row, v);
+        for (i, row) in rows.chunks_exact(2 * n).enumerate() {
+            let (k, v) = row.split_at(n);
+            keys.set_encoded(first + i, k);
+            values.set_encoded(first + i, v);
+        }
+        Ok(())
     }
 
-    fn copy_logits(&mut self, src: usize, dst: usize) {
+    fn copy_logits(&mut self, src: usize, dst: usize) -> Result<()> {
         let n = self.step.model.hyper.n_vocab;
         self.step.logits.as_mut().copy_within(src * n..(src + 1) * n, dst * n);
+        Ok(())
     }
 
-    fn copy_block(&mut self, copy: BlockCopy) {
+    fn copy_block(&mut self, copy: BlockCopy) -> Result<()> {
         let layout = self.step.options.layout;
         let rows_per_block = layout.block * layout.stored_copies;
         let (src, dst) = (copy.src as usize * rows_per_block, copy.dst as usize * rows_per_block);
@@ -228,14 +239,16 @@ impl Context for CpuContext {
             k.copy_within(src, dst, n);
             v.copy_within(src, dst, n);
         }
+        Ok(())
     }
 
-    fn copy_rings(&mut self, src: usize, dst: usize) {
+    fn copy_rings(&mut self, src: usize, dst: usize) -> Result<()> {
         let capacity = self.step.options.layout.ring_capacity;
         for (k, v) in &mut self.step.rings {
             k.copy_within(src * capacity, dst * capacity, capacity);
             v.copy_within(src * capacity, dst * capacity, capacity);
         }
+        Ok(())
     }
 
     fn memory(&self) -> ContextMemory {

@@ -31,8 +31,10 @@ const HEAD_ROWS: usize = 64;
 /// Layers queued ahead of what has been computed: cancelling waits for no more than these.
 const LAYERS_AHEAD: usize = 2;
 /// Of the kernels `top_chunks` and `top_rows`: tokens that one block sorts, and its threads.
-const TOP_CHUNK: usize = 4096;
-const TOP_THREADS: u32 = 512;
+pub const TOP_CHUNK: usize = 4096;
+pub const TOP_THREADS: u32 = 512;
+/// Bytes of cached rows copied between host and device at a time; a row always fits.
+const STAGED_BYTES: usize = 1 << 20;
 /// Graphs that are kept.
 const MAX_GRAPHS: usize = 32;
 
@@ -96,6 +98,21 @@ fn q8_from_device(device: &[u8], blocks: &mut [u8]) {
     {
         block[..2].copy_from_slice(scale);
         block[2..].copy_from_slice(values);
+    }
+}
+
+/// A cached row in the device's order, without padding.
+fn to_device(kind: CacheType, row: &[u8], device: &mut [u8]) {
+    match kind {
+        CacheType::Q8_0 => q8_to_device(row, device),
+        _ => device[..row.len()].copy_from_slice(row),
+    }
+}
+
+fn from_device(kind: CacheType, device: &[u8], row: &mut [u8]) {
+    match kind {
+        CacheType::Q8_0 => q8_from_device(device, row),
+        _ => row.copy_from_slice(&device[..row.len()]),
     }
 }
 
@@ -211,9 +228,8 @@ pub struct CudaContext {
     best_values: Vec<f32>, // (logits row, TOP)
     found: [Pinned; 2],    // (output, TOP): tokens and values of the running pass
     embeddings: Pinned,    // (embedding, n_embd)
-    row: Mutex<Vec<u8>>, // a cached row in the device's order; held by whoever copies between host and device aside of a pass
-    /// What went wrong in a call that cannot say so; the next pass does.
-    deferred: Mutex<Option<Error>>,
+    /// (k or v, row, row_bytes): cached rows in the device's order. Held by whoever copies between host and device aside of a pass.
+    staged: Mutex<Pinned>,
 }
 
 /// Bytes of dynamic shared memory of `attention_mma_*`: two tiles of 64 keys, and of as many values, in f16, each row with 16 bytes
@@ -265,6 +281,7 @@ impl CudaContext {
             false => Splits { wanted, most, room: rows.max(PARTIAL_ROWS), is_invariant: false },
             true => Splits { wanted, most, room: rows.min(FEW_ROWS) * (most + 1), is_invariant: true },
         };
+        let staged_bytes = 2 * row_bytes * (STAGED_BYTES / (2 * row_bytes)).clamp(1, layout.cache_rows());
         let step = Step {
             cache: Store::new(&model, "the KV cache in device memory", h.n_layers, layout.cache_rows(), row_bytes)?,
             rings: Store::new(&model, "the rings in device memory", h.n_layers, layout.ring_rows(), row_bytes)?,
@@ -307,16 +324,12 @@ impl CudaContext {
             best_values: vec![0.0; options.n_logits * TOP],
             found: [host("scratch", n_head, TOP)?, host("scratch", n_head, TOP)?],
             embeddings: host("the embeddings", options.n_embeddings, h.n_embd)?,
-            row: Mutex::new(vec![0; row_bytes]),
-            deferred: Mutex::new(None),
+            staged: Mutex::new(Pinned::new(&model.device, "scratch", staged_bytes)?),
             step,
         })
     }
 
     fn pass(&mut self, plan: &Plan, cancelled: &(dyn Fn() -> bool + Sync)) -> Result<()> {
-        if let Some(e) = self.deferred.get_mut().unwrap_or_else(|e| e.into_inner()).take() {
-            return Err(e);
-        }
         if cancelled() {
             return Err(Error::Cancelled);
         }
@@ -404,33 +417,38 @@ impl CudaContext {
     }
 
     /// Copies a row of logits to the host, unless it is there.
-    fn bring(&self, row: usize) {
+    fn bring(&self, row: usize) -> Result<()> {
         let n = self.step.model.hyper.n_vocab * 4;
-        let _one_at_a_time = lock(&self.row);
+        let _one_at_a_time = lock(&self.staged);
         if self.rows[row].is_here.load(Ordering::Acquire) {
-            return;
+            return Ok(());
         }
-        self.defer(|step| {
+        self.step.wait_for(|step| {
             // SAFETY: nobody has seen this row of the host's since it was written on the device.
             let to = unsafe { self.logits.part(row * n..(row + 1) * n) };
-            // SAFETY: waited for right here.
-            unsafe { step.stream.download(to, step.logits.at(row * n))? };
-            step.stream.synchronize()
-        });
+            // SAFETY: waited for.
+            unsafe { step.stream.download(to, step.logits.at(row * n)) }
+        })?;
         self.rows[row].is_here.store(true, Ordering::Release);
-    }
-
-    /// Does `work` and remembers what goes wrong for the next pass.
-    fn defer(&self, work: impl FnOnce(&Step) -> Result<()>) {
-        let done = self.step.model.device.enter().and_then(|_entered| work(&self.step));
-        if let Err(e) = done {
-            log::error!("{e}");
-            lock(&self.deferred).get_or_insert(e);
-        }
+        Ok(())
     }
 }
 
 impl Step {
+    /// Of the cache: its type, the bytes of a row, and those it takes here.
+    fn row_shape(&self) -> (CacheType, usize, usize) {
+        let kind = self.options.cache_type;
+        (kind, kind.row_bytes(self.model.hyper.kv_dim()), self.cache.row_bytes)
+    }
+
+    /// Queues `work` and waits until it is through, also the part of it that was queued before something failed.
+    fn wait_for(&self, work: impl FnOnce(&Step) -> Result<()>) -> Result<()> {
+        let _entered = self.model.device.enter()?;
+        let queued = work(self);
+        let waited = self.stream.synchronize();
+        queued.and(waited)
+    }
+
     fn head_rows(&self) -> usize {
         self.head.bytes() / (4 * self.model.hyper.n_vocab)
     }
@@ -740,17 +758,16 @@ impl Context for CudaContext {
         done.and(waited)
     }
 
-    fn logits(&self, row: usize) -> &[f32] {
-        self.bring(row);
+    fn logits(&self, row: usize) -> Result<&[f32]> {
+        self.bring(row)?;
         let n = self.step.model.hyper.n_vocab;
-        &self.logits.floats()[row * n..(row + 1) * n]
+        Ok(&self.logits.floats()[row * n..(row + 1) * n])
     }
 
-    fn logits_mut(&mut self, row: usize) -> &mut [f32] {
-        self.bring(row);
-        self.rows[row].n_best = 0;
+    fn put_logits(&mut self, row: usize, logits: &[f32]) {
+        self.rows[row] = Row { is_here: AtomicBool::new(true), n_best: 0 };
         let n = self.step.model.hyper.n_vocab;
-        &mut self.logits.floats_mut()[row * n..(row + 1) * n]
+        self.logits.floats_mut()[row * n..(row + 1) * n].copy_from_slice(logits);
     }
 
     fn top(&self, row: usize) -> Option<(&[u32], &[f32])> {
@@ -758,23 +775,24 @@ impl Context for CudaContext {
         (!best.is_empty()).then(|| (&self.best_tokens[best.clone()], &self.best_values[best]))
     }
 
-    fn copy_logits(&mut self, src: usize, dst: usize) {
+    fn copy_logits(&mut self, src: usize, dst: usize) -> Result<()> {
         if src == dst {
-            return;
+            return Ok(());
         }
         let n = self.step.model.hyper.n_vocab;
         if *self.rows[src].is_here.get_mut() {
             self.logits.floats_mut().copy_within(src * n..(src + 1) * n, dst * n);
         } else {
+            let step = &self.step;
+            let _entered = step.model.device.enter()?;
             // SAFETY: different rows of one buffer.
-            self.defer(|step| unsafe {
-                step.stream.copy(step.logits.at(dst * n * 4), step.logits.at(src * n * 4), n * 4)
-            });
+            unsafe { step.stream.copy(step.logits.at(dst * n * 4), step.logits.at(src * n * 4), n * 4)? };
         }
         *self.rows[dst].is_here.get_mut() = *self.rows[src].is_here.get_mut();
         self.rows[dst].n_best = self.rows[src].n_best;
         self.best_tokens.copy_within(src * TOP..(src + 1) * TOP, dst * TOP);
         self.best_values.copy_within(src * TOP..(src + 1) * TOP, dst * TOP);
+        Ok(())
     }
 
     fn embedding(&self, row: usize) -> &[f32] {
@@ -782,52 +800,67 @@ impl Context for CudaContext {
         &self.embeddings.floats()[row * n..(row + 1) * n]
     }
 
-    fn copy_block(&mut self, copy: BlockCopy) {
+    fn copy_block(&mut self, copy: BlockCopy) -> Result<()> {
         let layout = self.step.options.layout;
         let rows_per_block = layout.block * layout.stored_copies;
         let (src, dst) = (copy.src as usize * rows_per_block, copy.dst as usize * rows_per_block);
         let n = copy.n_positions * layout.stored_copies;
-        self.defer(|step| step.cache.copy(&step.stream, step.model.hyper.n_layers, src, dst, n));
+        let _entered = self.step.model.device.enter()?;
+        self.step.cache.copy(&self.step.stream, self.step.model.hyper.n_layers, src, dst, n)
     }
 
-    fn copy_rings(&mut self, src: usize, dst: usize) {
+    fn copy_rings(&mut self, src: usize, dst: usize) -> Result<()> {
         let capacity = self.step.options.layout.ring_capacity;
-        if src != dst && capacity > 0 {
-            let (src, dst) = (src * capacity, dst * capacity);
-            self.defer(|step| step.rings.copy(&step.stream, step.model.hyper.n_layers, src, dst, capacity));
+        if src == dst || capacity == 0 {
+            return Ok(());
         }
+        let _entered = self.step.model.device.enter()?;
+        let (src, dst) = (src * capacity, dst * capacity);
+        self.step.rings.copy(&self.step.stream, self.step.model.hyper.n_layers, src, dst, capacity)
     }
 
-    fn read_row(&self, layer: usize, row: usize, k: &mut [u8], v: &mut [u8]) {
-        let mut buffer = lock(&self.row);
-        self.defer(|step| {
-            for (part, out) in [k, v].into_iter().enumerate() {
-                // SAFETY: a row of the cache; waited for right here.
-                unsafe { step.stream.download(&mut buffer, step.cache.row(layer, part, row))? };
-                step.stream.synchronize()?;
-                match step.options.cache_type {
-                    CacheType::Q8_0 => q8_from_device(&buffer, out),
-                    _ => out.copy_from_slice(&buffer[..out.len()]),
-                }
+    fn read_rows(&self, layer: usize, first: usize, rows: &mut [u8]) -> Result<()> {
+        let (kind, n, padded) = self.step.row_shape();
+        let mut staged = lock(&self.staged);
+        let at_once = staged.bytes() / (2 * padded);
+        for (i, rows) in rows.chunks_mut(at_once * 2 * n).enumerate() {
+            let (first, bytes) = (first + i * at_once, rows.len() / (2 * n) * padded);
+            let (keys, values) = staged.as_mut_slice()[..2 * bytes].split_at_mut(bytes);
+            // SAFETY: rows of the cache; waited for.
+            self.step.wait_for(|step| unsafe {
+                step.stream.download(keys, step.cache.row(layer, 0, first))?;
+                step.stream.download(values, step.cache.row(layer, 1, first))
+            })?;
+            let from = keys.chunks_exact(padded).zip(values.chunks_exact(padded));
+            for (row, (key, value)) in rows.chunks_exact_mut(2 * n).zip(from) {
+                let (k, v) = row.split_at_mut(n);
+                from_device(kind, key, k);
+                from_device(kind, value, v);
             }
-            Ok(())
-        });
+        }
+        Ok(())
     }
 
-    fn write_row(&mut self, layer: usize, row: usize, k: &[u8], v: &[u8]) {
-        let mut buffer = lock(&self.row);
-        self.defer(|step| {
-            for (part, bytes) in [k, v].into_iter().enumerate() {
-                match step.options.cache_type {
-                    CacheType::Q8_0 => q8_to_device(bytes, &mut buffer),
-                    _ => buffer[..bytes.len()].copy_from_slice(bytes),
-                }
-                // SAFETY: a row of the cache; waited for right here.
-                unsafe { step.stream.upload(step.cache.row(layer, part, row), &buffer)? };
-                step.stream.synchronize()?;
+    fn write_rows(&mut self, layer: usize, first: usize, rows: &[u8]) -> Result<()> {
+        let (kind, n, padded) = self.step.row_shape();
+        let mut staged = lock(&self.staged);
+        let at_once = staged.bytes() / (2 * padded);
+        for (i, rows) in rows.chunks(at_once * 2 * n).enumerate() {
+            let (first, bytes) = (first + i * at_once, rows.len() / (2 * n) * padded);
+            let (keys, values) = staged.as_mut_slice()[..2 * bytes].split_at_mut(bytes);
+            let to = keys.chunks_exact_mut(padded).zip(values.chunks_exact_mut(padded));
+            for (row, (key, value)) in rows.chunks_exact(2 * n).zip(to) {
+                let (k, v) = row.split_at(n);
+                to_device(kind, k, key);
+                to_device(kind, v, value);
             }
-            Ok(())
-        });
+            // SAFETY: rows of the cache; waited for.
+            self.step.wait_for(|step| unsafe {
+                step.stream.upload(step.cache.row(layer, 0, first), keys)?;
+                step.stream.upload(step.cache.row(layer, 1, first), values)
+            })?;
+        }
+        Ok(())
     }
 
     fn memory(&self) -> ContextMemory {
@@ -847,6 +880,7 @@ impl Context for CudaContext {
                 + s.tops.as_ref().map_or(0, Tops::bytes)
                 + (self.best_tokens.len() + self.best_values.len()) * 4
                 + gemm.as_ref().map_or(0, gemm::Workspace::bytes)
+                + lock(&self.staged).bytes()
                 + [&self.packed, &self.logits, &self.embeddings, &self.found[0], &self.found[1]]
                     .map(Pinned::bytes)
                     .iter()

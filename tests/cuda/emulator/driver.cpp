@@ -3,7 +3,8 @@
 // It is strict where a GPU is merely fast: a stream's work is done when somebody waits for it and not before, every allocation begins
 // as garbage and ends at a page that nobody may touch, what must not happen during a capture is refused. Settings, read at each use:
 //   PHD_EMULATOR_DEVICES  0: there is none           PHD_EMULATOR_MEMORY  bytes of device memory (1 GiB)
-//   PHD_EMULATOR_FAIL     NAME:N, the N-th call of that function fails   PHD_EMULATOR_SEED  of the order of threads
+//   PHD_EMULATOR_FAIL     NAME:N, the N-th call of that function since this was set fails
+//   PHD_EMULATOR_SEED     of the order of threads
 //   PHD_EMULATOR_VERSION  of the driver (13000)      PHD_EMULATOR_NO_OVERLAP  1: launches may not ask to overlap
 #include <algorithm>
 #include <array>
@@ -80,11 +81,14 @@ size_t setting(const char* name, size_t otherwise) {
 
 // Whether this call of `name` is the one that is to fail.
 bool is_to_fail(const char* name) {
-    static std::map<std::string, size_t> calls;
-    const size_t n = ++calls[name];
-    const char* wanted = getenv("PHD_EMULATOR_FAIL");
-    const size_t length = strlen(name);
-    return wanted && !strncmp(wanted, name, length) && wanted[length] == ':' && strtoull(wanted + length + 1, nullptr, 10) == n;
+    static std::map<std::string, size_t> calls; // since `wanted` was set
+    static std::string wanted;
+    const char* set = getenv("PHD_EMULATOR_FAIL");
+    if (wanted != (set ? set : "")) {
+        wanted = set ? set : "";
+        calls.clear();
+    }
+    return wanted == name + (":" + std::to_string(++calls[name]));
 }
 
 #define BEGIN                                            \
