@@ -753,9 +753,11 @@ class sampler : public detail::owner<phd_sampler, phd_sampler_free> {
   }
   /// From the sequence's logits, where they lie.
   result<token_id> sample(const sequence &sequence) {
-    auto logits = sequence.logits();
-    if (!logits) return logits.error();
-    return sample(*logits);
+    return detail::get<token_id>(phd_sample, sequence.session(), sequence.id(), get());
+  }
+  /// From those after token `index` of its last entry: see sequence::logits_at.
+  result<token_id> sample_at(const sequence &sequence, std::size_t index) {
+    return detail::get<token_id>(phd_sample_at, sequence.session(), sequence.id(), index, get());
   }
   result<void> accept(token_id token) { return detail::call(phd_sampler_accept, get(), token); }
   result<void> accept_prompt(span<const token_id> tokens) {

@@ -21,10 +21,12 @@ DEVICE void sort_chunk(u64* keys) {
     sync_block();
 }
 
-// Orders by logit, largest first, then by token. Unusable ones (NaN, -infinity) come last.
+// Orders as samplers do: by logit, largest first, then by token; +infinity is the largest finite number. Unusable ones (NaN,
+// -infinity) come last.
 DEVICE u64 top_key(float logit, u32 token) {
-    const u32 bits = float_bits(logit + 0.0f); // -0 is 0
+    u32 bits = float_bits(logit + 0.0f); // -0 is 0
     if ((bits & 0x7fffffff) > 0x7f800000 || bits == 0xff800000) return ~(u64)0;
+    if (bits == 0x7f800000) bits = 0x7f7fffff;
     const u32 ascending = bits & 0x80000000 ? ~bits : bits | 0x80000000;
     return (u64)~ascending << 32 | token;
 }

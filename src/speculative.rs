@@ -364,8 +364,8 @@ impl Speculator {
         let first = session.len(seq)? - n;
         self.accepted.clear();
         for i in 0..n {
-            let logits = session.logits_at(seq, i)?;
-            let token = match sampler.sample(logits).and_then(|token| sampler.accept(token).map(|()| token)) {
+            let token = match session.sample_at(seq, i, sampler).and_then(|token| sampler.accept(token).map(|()| token))
+            {
                 Ok(token) => token,
                 Err(error) if i == 0 => return Err(error),
                 Err(_) => break,

@@ -24,8 +24,6 @@ package phd
 // #cgo nocallback phd_go_inside_progress
 // #cgo noescape phd_go_logprobs
 // #cgo nocallback phd_go_logprobs
-// #cgo noescape phd_go_sample
-// #cgo nocallback phd_go_sample
 // #cgo noescape phd_go_top_logprobs
 // #cgo nocallback phd_go_top_logprobs
 // #cgo noescape phd_logits
@@ -40,6 +38,10 @@ package phd
 // #cgo nocallback phd_model_params_init
 // #cgo noescape phd_model_string
 // #cgo nocallback phd_model_string
+// #cgo noescape phd_sample
+// #cgo nocallback phd_sample
+// #cgo noescape phd_sample_at
+// #cgo nocallback phd_sample_at
 // #cgo noescape phd_sampler_accept
 // #cgo nocallback phd_sampler_accept
 // #cgo noescape phd_sampler_accept_prompt

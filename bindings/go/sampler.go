@@ -329,7 +329,8 @@ func (s *Sampler) RemoveConstraint() error {
 	return check(C.phd_sampler_remove_constraint(ptr, &e), e)
 }
 
-// Sample chooses a token from the sequence's logits, where they are, without copying them.
+// Sample chooses a token from the sequence's logits, where they are, without copying them; on a GPU as far as the chain allows:
+// it takes the best token, or begins with a top-k of up to 64, and there is no constraint and no bias.
 func (s *Sampler) Sample(q *Sequence) (Token, error) {
 	ptr, err := s.enter()
 	if err != nil {
@@ -343,7 +344,30 @@ func (s *Sampler) Sample(q *Sequence) (Token, error) {
 	defer q.session.endRead()
 	var token C.int32_t
 	var e *C.phd_error
-	if err := check(C.phd_go_sample(ptr, session, q.id, &token, &e), e); err != nil {
+	if err := check(C.phd_sample(session, q.id, ptr, &token, &e), e); err != nil {
+		return 0, err
+	}
+	return Token(token), nil
+}
+
+// SampleAt is Sample from the logits of [Sequence.LogitsAt].
+func (s *Sampler) SampleAt(q *Sequence, i int) (Token, error) {
+	if i < 0 {
+		return 0, invalid("index is %d, expected 0 or more", i)
+	}
+	ptr, err := s.enter()
+	if err != nil {
+		return 0, err
+	}
+	defer s.leave()
+	session, err := q.session.beginRead()
+	if err != nil {
+		return 0, err
+	}
+	defer q.session.endRead()
+	var token C.int32_t
+	var e *C.phd_error
+	if err := check(C.phd_sample_at(session, q.id, C.size_t(i), ptr, &token, &e), e); err != nil {
 		return 0, err
 	}
 	return Token(token), nil

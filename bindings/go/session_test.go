@@ -155,8 +155,19 @@ func TestBatch(t *testing.T) {
 	_, err := q[1].Logits(nil)
 	wantError(t, err, ErrInvalidArgument)
 	wantSame(t, value[[]float32](t)(q[3].LogitsAt(3, nil)), logitsOf(t, q[3]))
+	sampler := newSamplerOf(t, m, nil)
+	twin := value[*Sampler](t)(sampler.Clone())
+	t.Cleanup(func() { twin.Close() })
+	for i := range 4 {
+		want := value[Token](t)(twin.SampleLogits(value[[]float32](t)(q[3].LogitsAt(i, nil))))
+		if token := value[Token](t)(sampler.SampleAt(q[3], i)); token != want {
+			t.Errorf("after token %d of the entry, %d is sampled, expected %d", i, token, want)
+		}
+	}
 	for _, i := range []int{-1, 4, 1 << 40} {
 		_, err = q[3].LogitsAt(i, nil)
+		wantError(t, err, ErrInvalidArgument)
+		_, err = sampler.SampleAt(q[3], i)
 		wantError(t, err, ErrInvalidArgument)
 	}
 
@@ -455,6 +466,8 @@ func TestAllocations(t *testing.T) {
 	tokens := []Token{5}
 	entries := []Entry{{Sequence: q, Tokens: tokens, Logits: true}}
 	must(t, s.Decode(background, entries))
+	verified := newDemoSequence(t)
+	must(t, verified.Session().Decode(background, []Entry{{Sequence: verified, Tokens: []Token{5, 6}, LogitsAll: true}}))
 	logits := logitsOf(t, q)
 	ctx, cancel := context.WithCancel(background)
 	defer cancel()
@@ -462,13 +475,14 @@ func TestAllocations(t *testing.T) {
 		most float64
 		f    func() error
 	}{
-		"Step":   {0, func() error { return q.Step(background, 5) }},
-		"Decode": {0, func() error { return s.Decode(background, entries) }},
-		"Sample": {0, func() error { _, err := sampler.Sample(q); return err }},
-		"Accept": {0, func() error { return sampler.Accept(5) }},
-		"Logits": {0, func() (err error) { logits, err = q.Logits(logits); return }},
-		"Len":    {0, func() error { q.Len(); return nil }},
-		"Stats":  {0, func() error { s.Stats(); s.Usage(); return nil }},
+		"Step":     {0, func() error { return q.Step(background, 5) }},
+		"Decode":   {0, func() error { return s.Decode(background, entries) }},
+		"Sample":   {0, func() error { _, err := sampler.Sample(q); return err }},
+		"SampleAt": {0, func() error { _, err := sampler.SampleAt(verified, 1); return err }},
+		"Accept":   {0, func() error { return sampler.Accept(5) }},
+		"Logits":   {0, func() (err error) { logits, err = q.Logits(logits); return }},
+		"Len":      {0, func() error { q.Len(); return nil }},
+		"Stats":    {0, func() error { s.Stats(); s.Usage(); return nil }},
 		// What context.AfterFunc costs.
 		"Step with a context": {4, func() error { return q.Step(ctx, 5) }},
 	} {

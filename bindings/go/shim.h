@@ -46,14 +46,6 @@ static inline enum phd_status phd_go_log_set(bool on, uint32_t level, phd_error 
 
 /* Logits stay in the session: these read them where they are. Go holds a lock that keeps the session from changing. */
 
-static inline enum phd_status phd_go_sample(phd_sampler *sampler, const phd_session *session, int32_t seq, int32_t *token,
-                                       phd_error **error) {
-  const float *logits;
-  size_t n_vocab;
-  enum phd_status status = phd_logits(session, seq, &logits, &n_vocab, error);
-  return status != PHD_OK ? status : phd_sampler_sample(sampler, logits, n_vocab, token, error);
-}
-
 static inline enum phd_status phd_go_top_logprobs(const phd_session *session, int32_t seq, size_t n, int32_t *tokens,
                                              float *logprobs, phd_error **error) {
   const float *logits;

@@ -32,8 +32,7 @@ int main(int argc, char **argv) {
   phd_sampler *sampler = NULL;
   phd_stream *stream = NULL;
   int32_t *tokens = NULL;
-  size_t n_tokens = 0, length = 0, n_vocab = 0;
-  const float *logits = NULL;
+  size_t n_tokens = 0, length = 0;
   char text[512];
 
   if (failed(phd_model_load(argv[1], NULL, &model, &error), &error)) goto done;
@@ -63,8 +62,7 @@ int main(int argc, char **argv) {
   for (long i = 0; i < n_predict; i++) {
     int32_t token;
     bool is_end;
-    if (failed(phd_logits(session, 0, &logits, &n_vocab, &error), &error)) goto done;
-    if (failed(phd_sampler_sample(sampler, logits, n_vocab, &token, &error), &error)) goto done;
+    if (failed(phd_sample(session, 0, sampler, &token, &error), &error)) goto done;
     if (failed(phd_token_is_end(model, token, &is_end, &error), &error)) goto done;
     if (is_end) break;
     if (failed(phd_stream_push(stream, token, text, sizeof text, &length, &error), &error)) goto done;

@@ -122,12 +122,10 @@ static admission admit(server *s, int32_t seq, size_t number, const char *prompt
 static bool sample(server *s, int32_t seq, bool *is_end) {
   request *r = &s->slots[seq];
   phd_error *error = NULL;
-  const float *logits = NULL;
   char text[512];
   int32_t token = 0;
-  size_t n = 0, length = 0;
-  if (failed(phd_logits(s->session, seq, &logits, &n, &error), &error)) return false;
-  if (failed(phd_sampler_sample(r->sampler, logits, n, &token, &error), &error)) return false;
+  size_t length = 0;
+  if (failed(phd_sample(s->session, seq, r->sampler, &token, &error), &error)) return false;
   if (failed(phd_sampler_accept(r->sampler, token, &error), &error)) return false;
   if (failed(phd_token_is_end(s->model, token, is_end, &error), &error)) return false;
   if (*is_end) return true;

@@ -3,8 +3,9 @@
 use std::ffi::c_char;
 
 use super::params::{self, Versioned};
+use super::session::with;
 use super::text::tokenizer;
-use super::{borrow, guard, input, output, phd_error, phd_model, phd_status, utf8};
+use super::{borrow, guard, input, output, phd_error, phd_model, phd_session, phd_status, utf8};
 use crate::error::{Error, Result, invalid};
 use crate::sampling::constraint::{Constraint, TokenEnvironment};
 use crate::sampling::{self, Sampler, SamplerParams, StageKind};
@@ -424,6 +425,48 @@ pub unsafe extern "C" fn phd_sampler_sample(
         token.write(sampler.sample(logits)? as i32);
         Ok(())
     })
+}
+
+/// Chooses the next token of `seq`: what phd_sampler_sample does with phd_logits, with the same outcome. Where a GPU computes, its
+/// logits are not even copied if the sampler takes the best token, or begins with a top-k of up to 64, and has neither constraint nor
+/// logit bias. The session is busy meanwhile, as in any call.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn phd_sample(
+    session: *const phd_session,
+    seq: i32,
+    sampler: *mut phd_sampler,
+    token: *mut i32,
+    error: *mut *mut phd_error,
+) -> phd_status {
+    // SAFETY: live handles and a place for the output, by the C contract.
+    unsafe {
+        with(session, error, |s| {
+            let (sampler, token) = (exclusive(sampler)?, output(token, "token")?);
+            token.write(s.sample(seq.into(), sampler)? as i32);
+            Ok(())
+        })
+    }
+}
+
+/// The same by the logits of phd_logits_at: after token `index` of the last entry of `seq`, if that asked for
+/// PHD_ENTRY_LOGITS_ALL.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn phd_sample_at(
+    session: *const phd_session,
+    seq: i32,
+    index: usize,
+    sampler: *mut phd_sampler,
+    token: *mut i32,
+    error: *mut *mut phd_error,
+) -> phd_status {
+    // SAFETY: live handles and a place for the output, by the C contract.
+    unsafe {
+        with(session, error, |s| {
+            let (sampler, token) = (exclusive(sampler)?, output(token, "token")?);
+            token.write(s.sample_at(seq.into(), index, sampler)? as i32);
+            Ok(())
+        })
+    }
 }
 
 /// Tells the constraint, the penalties and DRY of a token that has become part of the text. One that the constraint does

@@ -528,7 +528,7 @@ impl Sampler {
     /// allows is, with its bias, -inf or NaN; [`Error::Unsupported`] if the constraint has grown beyond its limits. The
     /// sampler is then what it was.
     pub fn sample(&mut self, logits: &[f32]) -> Result<u32> {
-        self.collect(logits)?;
+        self.collect(logits, self.leading_k())?;
         Ok(self.choose())
     }
 
@@ -571,13 +571,17 @@ impl Sampler {
     /// # Errors
     /// Those of [`Sampler::sample`].
     pub fn candidates(&mut self, logits: &[f32]) -> Result<impl Iterator<Item = (u32, f64)>> {
-        self.collect(logits)?;
+        let k = match self.active().next() {
+            Some(&Stage::TopK { k }) => k as usize,
+            _ => 0,
+        };
+        self.collect(logits, k)?;
         self.run_stages();
         Ok(self.candidates.iter())
     }
 
-    /// Constraint and bias.
-    fn collect(&mut self, logits: &[f32]) -> Result<()> {
+    /// Constraint and bias; `k` as in [`Candidates::fill`].
+    fn collect(&mut self, logits: &[f32], k: usize) -> Result<()> {
         if logits.len() != self.n_vocab {
             return Err(invalid!("logits has {} elements, expected n_vocab = {}", logits.len(), self.n_vocab));
         }
@@ -585,7 +589,6 @@ impl Sampler {
             Some(bias) => (id as u32, l + bias),
             None => (id as u32, l),
         });
-        let k = self.leading_k();
         match &mut self.constraint {
             Some(constraint) => {
                 let allowed = constraint.allowed()?;
@@ -599,13 +602,24 @@ impl Sampler {
         Ok(())
     }
 
-    /// Most chains begin with top-k: what it drops need not be collected. 0 if this one does not.
+    /// The stages that change anything now.
+    fn active(&self) -> impl Iterator<Item = &Stage> + Clone {
+        self.stages.iter().filter(move |s| !matches!(s, Stage::Penalties { .. }) || !self.history.is_empty())
+    }
+
+    /// How many of the best candidates the choice depends on; 0 if on all of them. Most chains begin with top-k: what it drops need
+    /// not be collected. Nor need anything but the best token, where it alone is taken and no stage before drops it.
     fn leading_k(&self) -> usize {
-        let is_idle = |s: &&Stage| matches!(s, Stage::Penalties { .. }) && self.history.is_empty();
-        match self.stages.iter().find(|s| !is_idle(s)) {
-            Some(&Stage::TopK { k }) => k as usize,
-            Some(Stage::Greedy) => 1,
-            _ => 0,
+        let keeps_best = |s: &Stage| {
+            matches!(s, Stage::TopK { .. } | Stage::TopNSigma { .. } | Stage::TopP { .. } | Stage::MinP { .. })
+        };
+        let mut active = self.active();
+        match active.clone().find(|s| !keeps_best(s)) {
+            Some(Stage::Greedy | Stage::Temperature { temperature: 0.0, range: 0.0, .. }) => 1,
+            _ => match active.next() {
+                Some(&Stage::TopK { k }) => k as usize,
+                _ => 0,
+            },
         }
     }
 

@@ -248,6 +248,57 @@ proptest! {
     }
 }
 
+/// What a choice does not depend on is not collected: the choice is the same.
+#[test]
+fn the_choice_is_that_of_all_candidates() {
+    let mut rng = Xoshiro256pp::new(3);
+    let [top_p, min_p] = [Stage::TopP { p: 0.8, min_keep: 2 }, Stage::MinP { p: 0.1, min_keep: 40 }];
+    let [sigma, top_k] = [Stage::TopNSigma { n: 1.0 }, Stage::TopK { k: 50 }];
+    let [typical, xtc] =
+        [Stage::TypicalP { p: 0.2, min_keep: 0 }, Stage::Xtc { probability: 1.0, threshold: 0.01, min_keep: 0 }];
+    let cold = Stage::Temperature { temperature: 0.0, range: 0.0, exponent: 1.0 };
+    let warm = Stage::Temperature { temperature: 0.0, range: 1.0, exponent: 1.0 };
+    let penalties = Stage::Penalties { last_n: 3, repetition: 1.5, frequency: 0.0, presence: 0.0 };
+    let mirostat = Stage::MirostatV2 { tau: 2.0, eta: 0.3 };
+    // With the number of best candidates that the chain begins with.
+    let cases: [(&[Stage], usize); 14] = [
+        (&[Stage::Greedy], 1),
+        (&[cold], 1),
+        (&[cold, mirostat], 1),
+        (&[sigma, top_k, top_p, min_p, cold], 1),
+        (&[top_p, Stage::Greedy], 1),
+        (&[penalties, min_p, Stage::Greedy], 1),
+        (&[top_k], 50),
+        (&[top_k, typical, xtc, cold], 50),
+        (&[penalties, top_k, top_p, mirostat], 50),
+        (&[top_k, warm], 50),
+        (&[warm], 0),
+        (&[top_p, typical, cold], 0),
+        (&[xtc, Stage::Greedy], 0),
+        (&[mirostat], 0),
+    ];
+    for (stages, k) in cases {
+        let mut s = chain(stages, 3000);
+        assert_eq!(s.leading_k(), k, "{stages:?}");
+        for round in 0..30 {
+            let logits = random_logits(&mut rng, 3000, 2.0, round % 2 == 0);
+            let mut twin = s.clone();
+            twin.candidates.fill((0..).zip(logits.iter().copied()), 0);
+            assert_eq!(s.sample(&logits).unwrap(), twin.choose(), "{stages:?}");
+            assert_eq!((s.rng.uniform(), s.mu), (twin.rng.uniform(), twin.mu), "{stages:?}");
+            if round > 20 {
+                s.accept(round).unwrap(); // from now on penalties have something to look at
+            }
+        }
+    }
+    // What is reported is more than what is chosen among.
+    let logits = random_logits(&mut rng, 3000, 2.0, false);
+    for stages in [&[Stage::Greedy][..], &[top_p, Stage::Greedy]] {
+        let all = chain(&stages[..stages.len() - 1], 3000).candidates(&logits).unwrap().count();
+        assert_eq!(chain(stages, 3000).candidates(&logits).unwrap().count(), all, "{stages:?}");
+    }
+}
+
 /// Many candidates: the selections of top-k and top-p.
 #[test]
 fn long_rows_match_the_oracle() {

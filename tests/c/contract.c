@@ -319,6 +319,47 @@ static phd_session *new_session(const phd_model *model) {
   return session;
 }
 
+/* What a session draws is what is drawn from its logits: those after each of sequence 0's last tokens, and the last. */
+static void draws(phd_session *session, float all[TEXT][VOCAB]) {
+  phd_sampler *sampler = NULL, *twin = NULL, *other = NULL;
+  int32_t found = -7, expected = -8;
+  phd_sampler_params params;
+  phd_sampler_params_init(&params, sizeof params);
+  params.seed = 5;
+  for (uint32_t k = 0; k < 60; k += 20) {
+    params.top_k = k;
+    OK(phd_sampler_create(&params, VOCAB, &sampler, &error));
+    OK(phd_sampler_clone(sampler, &twin, &error));
+    for (size_t i = 0; i < TEXT; i++) {
+      OK(phd_sample_at(session, 0, i, sampler, &found, &error));
+      OK(phd_sampler_sample(twin, all[i], VOCAB, &expected, &error));
+      CHECK(found == expected);
+    }
+    OK(phd_sample(session, 0, sampler, &found, &error));
+    OK(phd_sampler_sample(twin, all[TEXT - 1], VOCAB, &expected, &error));
+    CHECK(found == expected);
+    phd_sampler_free(twin);
+    if (k < 40) phd_sampler_free(sampler);
+  }
+  OK(phd_sampler_create(&params, VOCAB - 1, &other, &error));
+  found = -7;
+  INVALID("session is null", phd_sample(NULL, 0, sampler, &found, &error));
+  INVALID("sampler is null", phd_sample(session, 0, NULL, &found, &error));
+  INVALID("token is null", phd_sample(session, 0, sampler, NULL, &error));
+  INVALID("no logits", phd_sample(session, 1, sampler, &found, &error));
+  INVALID("sequence 2", phd_sample(session, 2, sampler, &found, &error));
+  INVALID("128 elements", phd_sample(session, 0, other, &found, &error));
+  INVALID("session is null", phd_sample_at(NULL, 0, 0, sampler, &found, &error));
+  INVALID("sampler is null", phd_sample_at(session, 0, 0, NULL, &found, &error));
+  INVALID("token is null", phd_sample_at(session, 0, 0, sampler, NULL, &error));
+  INVALID("20 tokens", phd_sample_at(session, 0, TEXT, sampler, &found, &error));
+  INVALID("0 tokens", phd_sample_at(session, 1, 0, sampler, &found, &error));
+  INVALID("128 elements", phd_sample_at(session, 0, 0, other, &found, &error));
+  CHECK(found == -7);
+  phd_sampler_free(other);
+  phd_sampler_free(sampler);
+}
+
 /* Logits of every position, scores and embeddings; sequence 0 has the first TEXT tokens afterwards, sequence 1 nothing. */
 static void every_position(phd_session *session, const int32_t *tokens) {
   static float all[TEXT][VOCAB];
@@ -348,6 +389,7 @@ static void every_position(phd_session *session, const int32_t *tokens) {
   INVALID("logits is null", phd_logits_at(session, 0, 0, NULL, &n, &error));
   INVALID("n_vocab is null", phd_logits_at(session, 0, 0, &logits, NULL, &error));
   INVALID("session", phd_logits_at(NULL, 0, 0, &logits, &n, &error));
+  draws(session, all);
   before = look(session, 0);
   entry.n_tokens = 41;
   INVALID("n_draft", phd_decode(session, &entry, 1, &error));

@@ -359,6 +359,11 @@ TEST_CASE("batches are as their entries alone") {
   CHECK(must(session.sequence(1).logits_at(b.size() - 1))[7] == must(session.sequence(1).logits())[7]);
   CHECK(session.sequence(1).logits_at(b.size()).status() == PHD_ERROR_INVALID_ARGUMENT);
   CHECK(session.sequence(0).logits_at(0).status() == PHD_ERROR_INVALID_ARGUMENT);
+  auto drawer = make_greedy();
+  for (std::size_t i = 0; i < b.size(); i++) {
+    CHECK(must(drawer.sample_at(session.sequence(1), i)) == must(drawer.sample(must(session.sequence(1).logits_at(i)))));
+  }
+  CHECK(drawer.sample_at(session.sequence(1), b.size()).status() == PHD_ERROR_INVALID_ARGUMENT);
 
   // Without logits; and twice the same sequence is refused.
   const phd::token_id next[] = {5};

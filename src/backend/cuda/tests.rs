@@ -2,12 +2,16 @@
 
 use std::sync::Arc;
 
+use super::context::{TOP_CHUNK, TOP_THREADS};
 use super::driver::{Buffer, Device, Grid, Module, Stream};
 use super::pack::{matrix_bytes, pack_strip, strip_bytes, type_name};
-use super::params::{Activations, LinearParams, Matrix, Params, ResidualParams};
+use super::params::{Activations, LinearParams, Matrix, Params, ResidualParams, TopParams};
 use super::weights::STRIP;
 use super::{Sums, THREADS, compile, width};
+use super::{F32_ROWS, THREADS, compile, width};
+use crate::backend::TOP;
 use crate::backend::testing::{Noise, weights};
+use crate::sampling::{Sampler, SamplerParams};
 use crate::tensor::{DType, dequantize_row};
 
 struct Bench {
@@ -327,6 +331,74 @@ fn residuals_and_norms() {
                         (f64::from(normed[row * n + i]) - z).abs() < 1e-5 * (1.0 + z.abs()),
                         "{n} {after} {row} {i}"
                     );
+                }
+            }
+        }
+    }
+}
+
+/// Rows of logits that a search for the best could get wrong, each with its name.
+fn hard_logits(n: usize) -> Vec<(&'static str, Vec<f32>)> {
+    let some = noise(n, 5);
+    let with = |f: &dyn Fn(usize) -> Option<f32>| (0..n).map(|i| f(i).unwrap_or(some[i])).collect::<Vec<f32>>();
+    vec![
+        ("any", some.clone()),
+        ("all equal", vec![0.5; n]),
+        ("many ties", some.iter().map(|x| (x * 3.0).round()).collect()),
+        // Fewer than 64 lie above the tie, at both ends of the vocabulary.
+        ("a tie at the 64th", with(&|i| Some(if i % 97 == 3 { 1.0 + some[i] } else { 0.25 }))),
+        ("zeros of both signs", with(&|i| Some(if i % 2 == 0 { -0.0 } else { 0.0 }))),
+        ("NaN of both signs", with(&|i| [Some(f32::NAN), Some(-f32::NAN), None][i % 3])),
+        ("few numbers", with(&|i| if i % 211 == 5 { None } else { Some(f32::NEG_INFINITY) })),
+        ("one number", with(&|i| Some(if i == n / 2 { -7.0 } else { f32::NAN }))),
+        ("no number", with(&|i| Some(if i % 2 == 0 { f32::NAN } else { f32::NEG_INFINITY }))),
+        // Samplers take +infinity for the largest number, so that these are all equal.
+        ("infinities", with(&|i| Some(if i >= n / 2 { f32::INFINITY } else { f32::MAX }))),
+        ("small numbers", some.iter().map(|x| x * f32::MIN_POSITIVE).collect()),
+    ]
+}
+
+/// Sampling from the best tokens is sampling from all.
+#[test]
+#[ignore = "needs a GPU or the emulator: tests/cuda/run.sh"]
+fn the_best_tokens_are_all_that_samplers_see() {
+    let b = bench();
+    for n in [1, 63, 64, 65, TOP_CHUNK, TOP_CHUNK + 1, 2 * TOP_CHUNK + 100] {
+        let rows = hard_logits(n);
+        let all: Vec<f32> = rows.iter().flat_map(|(_, row)| row.iter().copied()).collect();
+        let n_chunks = n.div_ceil(TOP_CHUNK);
+        let (logits, keys) = (b.upload(&all), b.upload(&vec![0u64; rows.len() * n_chunks * TOP]));
+        let outputs = [0, 1].map(|_| b.upload(&vec![f32::NAN; rows.len() * TOP]));
+        let params = TopParams {
+            logits: logits.address(),
+            keys: keys.address(),
+            tokens: outputs[0].address(),
+            values: outputs[1].address(),
+            n_vocab: n as u32,
+            n_chunks: n_chunks as u32,
+        };
+        let grid = |x, y| Grid { blocks: (x, y, 1), threads: TOP_THREADS, shared: 0 };
+        b.launch("top_chunks", grid(n_chunks, rows.len()), &params);
+        b.launch("top_rows", grid(rows.len(), 1), &params);
+        let [tokens, values] = outputs.map(|buffer| b.download(&buffer));
+        for (i, (name, row)) in rows.iter().enumerate() {
+            let found = tokens[i * TOP..(i + 1) * TOP].iter().map(|t| t.to_bits());
+            let tokens: Vec<u32> = found.take_while(|&t| t != u32::MAX).collect();
+            let usable = row.iter().filter(|x| !x.is_nan() && **x != f32::NEG_INFINITY).count();
+            assert_eq!(tokens.len(), usable.min(TOP), "{n} {name}");
+            for k in [0, 1, 2, 40, TOP as u32] {
+                // Greedy where k is 0.
+                let temperature = if k == 0 { 0.0 } else { 1.3 };
+                let p = SamplerParams { temperature, top_k: k, top_p: 0.9, seed: 11, ..SamplerParams::default() };
+                let mut sampler = Sampler::new(p, n).unwrap();
+                let mut twin = sampler.clone();
+                assert_eq!(sampler.best_wanted(), Some(k.max(1) as usize));
+                for draw in 0..20 {
+                    let best = sampler.sample_best(&tokens, &values[i * TOP..][..tokens.len()]);
+                    let (best, expected) =
+                        (best.map_err(|e| e.to_string()), twin.sample(row).map_err(|e| e.to_string()));
+                    assert_eq!(best, expected, "{n} tokens, {name}, top-k {k}, draw {draw}");
+                    assert_eq!(best.is_ok(), usable > 0);
                 }
             }
         }
