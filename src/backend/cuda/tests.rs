@@ -8,7 +8,6 @@ use super::pack::{matrix_bytes, pack_strip, strip_bytes, type_name};
 use super::params::{Activations, LinearParams, Matrix, Params, ResidualParams, TopParams};
 use super::weights::STRIP;
 use super::{Sums, THREADS, compile, width};
-use super::{F32_ROWS, THREADS, compile, width};
 use crate::backend::TOP;
 use crate::backend::testing::{Noise, weights};
 use crate::sampling::{Sampler, SamplerParams};
