@@ -669,7 +669,7 @@ impl Step {
         };
         let grid = Grid { blocks: (lists.tiles.len(), h.n_kv_heads, splits), threads: ATTENTION_THREADS, shared };
         // Heads that make up whole parts of 32 values, see `MergeParams`.
-        let heads = (1..=h.n_heads).find(|n| n * h.head_dim % 32 == 0).unwrap_or(h.n_heads);
+        let heads = (1..=h.n_heads).find(|n| (n * h.head_dim).is_multiple_of(32)).unwrap_or(h.n_heads);
         let merge = MergeParams {
             partial,
             act: self.attended.from(0),

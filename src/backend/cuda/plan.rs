@@ -259,7 +259,9 @@ mod tests {
                     assert!(is_invariant || count == 1 || count * n_keep <= splits.room);
                     for stored in [0, 1, 63, 64, 65, 448, 449, 5000, 1 << 20] {
                         let length = splits.length(stored, count);
-                        assert!(length > 0 && length % 64 == 0 && of_stored * length as usize >= stored as usize);
+                        assert!(
+                            length > 0 && length.is_multiple_of(64) && of_stored * length as usize >= stored as usize
+                        );
                     }
                 }
             }

@@ -238,9 +238,9 @@ fn gate_and_up_in_one_launch() {
                 });
                 let (exact, of_16) = (b.download(&out.buffers[2]), b.download(&out.buffers[3]));
                 let mut w = vec![0.0; n_in];
-                for o in 0..stride {
-                    let row_bytes = tensors[0].data.len() / n_out;
-                    for row in 0..rows {
+                let row_bytes = tensors[0].data.len() / n_out;
+                for row in 0..rows {
+                    for o in 0..stride {
                         let at = row * stride + o;
                         let (mut expected, mut bound) = (0.0, 0.0);
                         if o < n_out {
