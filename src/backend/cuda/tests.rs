@@ -240,6 +240,7 @@ fn gate_and_up_in_one_launch() {
                 let mut w = vec![0.0; n_in];
                 let row_bytes = tensors[0].data.len() / n_out;
                 for row in 0..rows {
+                    #[allow(clippy::needless_range_loop)] // columns of several arrays
                     for o in 0..stride {
                         let at = row * stride + o;
                         let (mut expected, mut bound) = (0.0, 0.0);
