@@ -1010,6 +1010,28 @@ enum phd_status phd_sampler_sample(struct phd_sampler *sampler,
                                    struct phd_error **error);
 
 /*
+ Chooses the next token of `seq`: what phd_sampler_sample does with phd_logits, with the same outcome. Where a GPU computes, its
+ logits are not even copied if the sampler takes the best token, or begins with a top-k of up to 64, and has neither constraint nor
+ logit bias. The session is busy meanwhile, as in any call.
+ */
+enum phd_status phd_sample(const struct phd_session *session,
+                           int32_t seq,
+                           struct phd_sampler *sampler,
+                           int32_t *token,
+                           struct phd_error **error);
+
+/*
+ The same by the logits of phd_logits_at: after token `index` of the last entry of `seq`, if that asked for
+ PHD_ENTRY_LOGITS_ALL.
+ */
+enum phd_status phd_sample_at(const struct phd_session *session,
+                              int32_t seq,
+                              size_t index,
+                              struct phd_sampler *sampler,
+                              int32_t *token,
+                              struct phd_error **error);
+
+/*
  Tells the constraint, the penalties and DRY of a token that has become part of the text. One that the constraint does
  not allow here is refused.
  */
@@ -1100,7 +1122,8 @@ enum phd_status phd_decode(struct phd_session *session,
 
 /*
  The logits that the last call on `seq` left, `n_vocab` of them. They lie in the session and are valid until the next
- call that changes that sequence. `PHD_ERROR_INVALID_ARGUMENT` if there are none.
+ call that changes that sequence. `PHD_ERROR_INVALID_ARGUMENT` if there are none. A GPU's are copied first: phd_sample and
+ phd_sample_at may do without.
  */
 enum phd_status phd_logits(const struct phd_session *session,
                            int32_t seq,
@@ -1255,7 +1278,8 @@ enum phd_status phd_session_stats(const struct phd_session *session,
 
 /*
  Writes `seq`, logits included, to `state`: for any session of the same model and cache type. A small buffer gets
- `PHD_ERROR_BUFFER_TOO_SMALL` and the size in `*n_bytes`.
+ `PHD_ERROR_BUFFER_TOO_SMALL` and the size in `*n_bytes`. After `PHD_ERROR_BACKEND`, when a device fails, what the buffer holds is no
+ state.
  */
 enum phd_status phd_seq_save(const struct phd_session *session,
                              int32_t seq,
@@ -1266,7 +1290,8 @@ enum phd_status phd_seq_save(const struct phd_session *session,
 
 /*
  Makes `seq`, whatever it held, what phd_seq_save wrote. A state of another model or cache type, a damaged or a forged one gets
- `PHD_ERROR_INVALID_ARGUMENT`; after any failure the sequence is what it was.
+ `PHD_ERROR_INVALID_ARGUMENT`; after any failure the sequence is what it was, but after `PHD_ERROR_BACKEND`, when a device fails while
+ it is written, it is empty.
  */
 enum phd_status phd_seq_restore(struct phd_session *session,
                                 int32_t seq,

@@ -21,9 +21,9 @@ typedef int i32;
     }                                                                                              \
     DEVICE void name##_body(const Params& p)
 // One that calls wait_for_previous() itself.
-#define KERNEL_THAT_WAITS(name, Params, threads)                                                   \
+#define KERNEL_THAT_WAITS(name, Params, ...)                                                       \
     DEVICE void name##_body(const Params& p);                                                      \
-    extern "C" __global__ void __launch_bounds__(threads) name(const __grid_constant__ Params p) { \
+    extern "C" __global__ void __launch_bounds__(__VA_ARGS__) name(const __grid_constant__ Params p) {     \
         let_next_start();                                                                          \
         name##_body(p);                                                                            \
     }                                                                                              \

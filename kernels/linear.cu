@@ -435,7 +435,7 @@ DEVICE void multiply_f32(const LinearParams& p, const Matrix& m, u32 strip, u32 
     const float* weights = (const float*)m.weights + (u64)(strip * STRIP + warp) * pitch;
     const float* x = p.x.exact + (u64)first * p.x.stride;
     float sum[2][ROWS] = {};
-#pragma unroll(ROWS > 2 ? 2 : 4)
+#pragma unroll(ROWS > 4 ? 1 : ROWS > 2 ? 2 : 4)
     for (u32 k = lane * 4; k < pitch; k += 128) {
         const Floats a = *(const Floats*)(weights + k), b = *(const Floats*)(weights + (u64)8 * pitch + k);
 #pragma unroll
@@ -540,12 +540,13 @@ DEVICE void dequantize(const DequantizeParams& p) {
 } // namespace linear
 
 // The number in the name: columns of activations in tiles of 8, which make 4, 8, 16 and 64 rows. Grid: see
-// LinearParams. Their first weights are on the way before they wait.
+// LinearParams. Their first weights are on the way before they wait. Where a second number stands, a multiprocessor shall have room for
+// that many blocks: left to itself the compiler spills a few registers to make room for three.
 #define LINEAR_KERNELS(name, T)                                                                              \
-    KERNEL_THAT_WAITS(linear_##name##_1, LinearParams, 256) { linear::multiply<linear::T, 1, 1, true>(p); }  \
-    KERNEL_THAT_WAITS(linear_##name##_2, LinearParams, 256) { linear::multiply<linear::T, 1, 2, false>(p); } \
-    KERNEL_THAT_WAITS(linear_##name##_4, LinearParams, 256) { linear::multiply<linear::T, 2, 2, false>(p); } \
-    KERNEL_THAT_WAITS(linear_##name##_8, LinearParams, 256) { linear::multiply<linear::T, 8, 1, false>(p); } \
+    KERNEL_THAT_WAITS(linear_##name##_1, LinearParams, 256, 2) { linear::multiply<linear::T, 1, 1, true>(p); }  \
+    KERNEL_THAT_WAITS(linear_##name##_2, LinearParams, 256, 2) { linear::multiply<linear::T, 1, 2, false>(p); } \
+    KERNEL_THAT_WAITS(linear_##name##_4, LinearParams, 256, 2) { linear::multiply<linear::T, 2, 2, false>(p); } \
+    KERNEL_THAT_WAITS(linear_##name##_8, LinearParams, 256) {    linear::multiply<linear::T, 8, 1, false>(p); } \
     KERNEL(embed_##name, EmbedParams, 256) { linear::embed<linear::T>(p); }
 #define DEQUANTIZE_KERNEL(name, T) \
     KERNEL(dequantize_##name, DequantizeParams, 256) { linear::dequantize<linear::T>(p); }
@@ -567,7 +568,8 @@ DEQUANTIZE_KERNEL(q5_k, Q5_K)
 DEQUANTIZE_KERNEL(q6_k, Q6_K)
 
 // Groups of 8 rows.
-KERNEL(linear_f32, LinearParams, 256) {
+KERNEL_THAT_WAITS(linear_f32, LinearParams, 256, 2) {
+    wait_for_previous();
     using namespace linear;
     SHARED(float, y, 2 * 8 * STRIP); // (gate or up, row, output of the strip), or the one matrix's
     const u32 first = blockIdx.y * 8, rows = umin(p.rows - first, 8u);

@@ -114,6 +114,7 @@ fn with_head_dim(g: &Golden, dim: usize, folder: &Path) -> PathBuf {
                 "q_proj.weight" => vec![q, n_embd],
                 "k_proj.weight" | "v_proj.weight" => vec![kv, n_embd],
                 "o_proj.weight" => vec![n_embd, q],
+                "q_norm.weight" | "k_norm.weight" => vec![dim],
                 _ => return None,
             };
             let bytes = noise(shape.iter().product());

@@ -168,7 +168,6 @@ fn copies_on_the_device_that_fail() {
     let mut s = session(&g, CacheType::F16);
     s.prefill(0, &g.tokens[..5]).unwrap();
     s.fork(0, 1).unwrap();
-    s.prefill(1, &g.tokens[5..8]).unwrap();
     let logits = |s: &Session, seq| s.logits(seq).unwrap().to_vec();
     // Hidden rows that are computed anew have other company than before.
     let is_near = |a: &[f32], b: &[f32]| assert!(difference(a, b) < 5e-3, "{:e}", difference(a, b));
@@ -182,12 +181,12 @@ fn copies_on_the_device_that_fail() {
         function,
         |s| s.decode(&[entry]),
         |s| {
-            assert_eq!((s.len(0).unwrap(), s.len(1).unwrap()), (5, 8));
+            assert_eq!((s.len(0).unwrap(), s.len(1).unwrap()), (5, 5));
             assert_eq!([logits(s, 0), logits(s, 1)], before);
             s.audit().unwrap();
         },
     );
-    assert!(n >= 5, "{n} copies");
+    assert!(n > 2 * s.model().desc().n_layers, "{n} copies");
     let mut twin = session(&g, CacheType::F16);
     twin.prefill(0, &g.tokens[..5]).unwrap();
     twin.decode(&[entry]).unwrap();
@@ -210,7 +209,7 @@ fn copies_on_the_device_that_fail() {
     s.step(0, g.tokens[20]).unwrap();
     twin.step(0, g.tokens[20]).unwrap();
     assert!(matches!(failing(function, 1, || s.fork(0, 1)), Err(Error::Backend(_))));
-    assert_eq!((s.len(1).unwrap(), logits(&s, 1)), (8, before[1].clone()));
+    assert_eq!((s.len(1).unwrap(), logits(&s, 1)), (5, before[1].clone()));
     // Rings can be done without: they are computed anew.
     failing(function, 2, || s.fork(0, 1)).unwrap();
     twin.step(0, g.tokens[21]).unwrap();

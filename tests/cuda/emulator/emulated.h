@@ -177,7 +177,8 @@ void wait(const char* what, Barrier& barrier, u32 n, Work work) {
 
 #define DEVICE static inline
 #define KERNEL(name, Params, threads) EMULATED_KERNEL(name, Params, threads, wait_for_previous())
-#define KERNEL_THAT_WAITS(name, Params, threads) EMULATED_KERNEL(name, Params, threads, (void)0)
+#define FIRST_OF(first, ...) first
+#define KERNEL_THAT_WAITS(name, Params, ...) EMULATED_KERNEL(name, Params, (FIRST_OF(__VA_ARGS__, 0)), (void)0)
 #define EMULATED_KERNEL(name, Params, threads, first)                                              \
     static void name##_body(const Params& p);                                                      \
     extern "C" void name##_emulated(void** arguments) {                                            \
