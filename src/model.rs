@@ -170,13 +170,7 @@ impl Model {
     ///
     /// # Errors
     /// `Io`, `Format` for what is not a checkpoint, `Unsupported` naming what is not implemented, `Cancelled`.
-    pub fn load(path: &Path, options: LoadOptions) -> Result<Model> {
-        let model = Model::load_checkpoint(path, options);
-        give_back_free_memory();
-        model
-    }
-
-    fn load_checkpoint(path: &Path, mut options: LoadOptions) -> Result<Model> {
+    pub fn load(path: &Path, mut options: LoadOptions) -> Result<Model> {
         let mut report = |fraction: f32| {
             let go_on = options.progress.as_mut().is_none_or(|f| f(fraction));
             if go_on { Ok(()) } else { Err(Error::Cancelled) }
@@ -271,15 +265,6 @@ impl Model {
     pub fn backend_name(&self) -> String {
         self.backend.name()
     }
-}
-
-/// Building a tokenizer of 49,152 tokens leaves 40 MB of small free pieces, which glibc would keep until its top is free.
-fn give_back_free_memory() {
-    #[cfg(all(target_os = "linux", target_env = "gnu"))]
-    // SAFETY: it may be called at any time, from any thread; memory in use stays what it is.
-    unsafe {
-        libc::malloc_trim(0)
-    };
 }
 
 /// Names, types, shapes, and some sixteen pieces of each tensor: reading all of a large file would take longer than loading it.
