@@ -10,6 +10,8 @@ command -v cmake >/dev/null || missing+=(cmake)
 compgen -G "/usr/lib/llvm-*/lib/libclang*[0-9].so*" >/dev/null || compgen -G "/usr/lib/llvm-*/lib/libclang.so*" >/dev/null || missing+=(libclang-dev clang)
 python3 -m pip --version >/dev/null 2>&1 || missing+=(python3-pip)
 command -v clang++ >/dev/null || missing+=(clang)
+# Clang's sanitizers are a package of their own, which clang's does not ask for.
+compgen -G "/usr/lib/llvm-*/lib/clang/*/lib/linux/libclang_rt.asan-*.a" >/dev/null || missing+=(libclang-rt-dev)
 command -v pkg-config >/dev/null || missing+=(pkg-config)
 command -v patchelf >/dev/null || missing+=(patchelf)
 [ -f /usr/include/doctest/doctest.h ] || missing+=(doctest-dev)
