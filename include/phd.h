@@ -85,6 +85,10 @@ typedef enum phd_cache_type {
   PHD_CACHE_F32 = 0,
   PHD_CACHE_F16,
   PHD_CACHE_Q8_0,
+  /*
+   Not f16's precision, but the range of f32.
+   */
+  PHD_CACHE_BF16,
 } phd_cache_type;
 
 /*

@@ -3,7 +3,7 @@
 // Attention carries the softmax along (Milakov and Gimelshein, arXiv 1805.02867), in base 2, over pieces of the keys.
 // The rows of a tile and the heads that share a key head read each key once.
 
-constexpr u32 CACHE_F32 = 0, CACHE_F16 = 1, CACHE_Q8_0 = 2;
+constexpr u32 CACHE_F32 = 0, CACHE_F16 = 1, CACHE_Q8_0 = 2, CACHE_BF16 = 3;
 constexpr float LOG2_E = 1.44269504088896341f;
 
 // The score of a key that is not seen: minus infinity.
@@ -25,6 +25,8 @@ DEVICE void encode_row(const float* values, u32 n, u32 type, u8* to) {
         for (u32 i = threadIdx.x; i < n; i += blockDim.x) ((float*)to)[i] = values[i];
     } else if (type == CACHE_F16) {
         for (u32 i = threadIdx.x; i < n; i += blockDim.x) ((u16*)to)[i] = to_cached_f16(values[i]);
+    } else if (type == CACHE_BF16) {
+        for (u32 i = threadIdx.x; i < n; i += blockDim.x) ((u16*)to)[i] = to_bf16(values[i]);
     } else {
         const u32 lane = threadIdx.x % 32, n_parts = (n + 31) / 32;
         u16* scales = (u16*)(to + n_parts * 32);
@@ -222,6 +224,7 @@ DEVICE float base_of(float max) {
 DEVICE float decode(const u8* row, u32 i, u32 type, u32 kv_dim) {
     if (type == CACHE_F32) return ((const float*)row)[i];
     if (type == CACHE_F16) return from_f16(((const u16*)row)[i]);
+    if (type == CACHE_BF16) return from_bf16(((const u16*)row)[i]);
     return (float)((const i8*)row)[i] * from_f16(((const u16*)(row + (kv_dim + 31) / 32 * 32))[i / 32]);
 }
 
@@ -320,7 +323,24 @@ constexpr u32 MMA_KEYS = 64; // to a step; a warp loads 16 of them
 // the weights of keys that matter little but are many are kept. Sums are f32.
 constexpr float HEADROOM = 8.0f;
 
-// Shared memory: two buffers of 64 keys, then 64 values, as f16, (key, MMA_STRIDE bytes); the stride avoids bank
+// What tensor cores multiply: f16; over a bf16 cache bf16, since its keys and values may be larger than any f16. Of queries, hi + lo
+// keep 22 bits, or 16 in bf16. One bf16 would keep 8 bits of a weight, no more than of a value: those are hi + lo as well then.
+template <bool BF16> DEVICE u32 pack_half(float first, float second) {
+    return BF16 ? pack_bf16(first, second) : pack_f16(first, second);
+}
+template <bool BF16> DEVICE u32 pack_rest(float first, float second, u32 high) {
+    if (BF16) return pack_bf16(first - from_bf16((u16)high), second - from_bf16((u16)(high >> 16)));
+    return pack_f16(first - from_f16((u16)high), second - from_f16((u16)(high >> 16)));
+}
+template <bool BF16> DEVICE void mma_half(float (&c)[4], const u32 (&a)[4], const u32 (&b)[2]) {
+    if (BF16) {
+        mma_bf16(c, a, b);
+    } else {
+        mma_f16(c, a, b);
+    }
+}
+
+// Shared memory: two buffers of 64 keys, then 64 values, of 16 bits each, (key, MMA_STRIDE bytes); the stride avoids bank
 // conflicts. With q8_0 only the first is used so; the second holds what is on the way, (key, STAGED_STRIDE).
 template <u32 DIM> constexpr u32 MMA_STRIDE = DIM * 2 + 16;
 template <u32 DIM> constexpr u32 STAGED_STRIDE = DIM + 16;
@@ -366,11 +386,11 @@ template <u32 DIM> DEVICE void expand_rows(const u8* staged, u8* to, const u32 (
 
 // The tile's queries over the keys of the block's split. All warps load keys; GROUPS is how many groups of 16 keys a
 // warp multiplies: 1, if all warps have the same 16 queries and share the keys; 4, if each has 16 queries of its own.
-template <u32 DIM, u32 GROUPS>
+template <u32 DIM, bool BF16, u32 GROUPS>
 DEVICE void attend(const AttentionParams& p, const Tile& tile, u32 n_queries, u8* shared) {
     const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const u32 first_query = GROUPS == 1 ? 0 : warp * 16, first_group = GROUPS == 1 ? warp : 0;
-    const bool is_q8 = p.cache_type == CACHE_Q8_0, has_queries = first_query < n_queries;
+    const bool is_q8 = !BF16 && p.cache_type == CACHE_Q8_0, has_queries = first_query < n_queries;
     const Entry entry = p.entries[tile.entry];
     const Keys keys = keys_of(p, tile, MMA_KEYS);
     const u32 n_steps = count_steps(keys, MMA_KEYS);
@@ -389,9 +409,9 @@ DEVICE void attend(const AttentionParams& p, const Tile& tile, u32 n_queries, u8
         for (u32 i = 0; i < DIM / 8; i++) {
             const float* q = query.q + i * 8 + lane % 4 * 2;
             const float x = q[0] * (p.scale * LOG2_E), y = q[1] * (p.scale * LOG2_E);
-            const u32 high = pack_f16(x, y);
+            const u32 high = pack_half<BF16>(x, y);
             hi[i / 2][i % 2 * 2 + half] = high;
-            lo[i / 2][i % 2 * 2 + half] = pack_f16(x - from_f16((u16)high), y - from_f16((u16)(high >> 16)));
+            lo[i / 2][i % 2 * 2 + half] = pack_rest<BF16>(x, y, high);
         }
     }
 
@@ -454,10 +474,10 @@ DEVICE void attend(const AttentionParams& p, const Tile& tile, u32 n_queries, u8
                     u32 b[4];
                     load_matrices(b, from + i * 32);
                     const u32 b0[2] = {b[0], b[1]}, b1[2] = {b[2], b[3]};
-                    mma_f16(scores[g * 2], hi[i], b0);
-                    mma_f16(scores[g * 2 + 1], hi[i], b1);
-                    mma_f16(scores[g * 2], lo[i], b0);
-                    mma_f16(scores[g * 2 + 1], lo[i], b1);
+                    mma_half<BF16>(scores[g * 2], hi[i], b0);
+                    mma_half<BF16>(scores[g * 2 + 1], hi[i], b1);
+                    mma_half<BF16>(scores[g * 2], lo[i], b0);
+                    mma_half<BF16>(scores[g * 2 + 1], lo[i], b1);
                 }
             }
 #pragma unroll
@@ -493,16 +513,26 @@ DEVICE void attend(const AttentionParams& p, const Tile& tile, u32 n_queries, u8
             const u32 group = first_group + g;
             if (group * 16 >= step.n) break;
             const float(&first)[4] = scores[g * 2], (&second)[4] = scores[g * 2 + 1];
-            const u32 weights[4] = {pack_f16(first[0], first[1]), pack_f16(first[2], first[3]),
-                                    pack_f16(second[0], second[1]), pack_f16(second[2], second[3])};
+            const u32 weights[4] = {pack_half<BF16>(first[0], first[1]), pack_half<BF16>(first[2], first[3]),
+                                    pack_half<BF16>(second[0], second[1]), pack_half<BF16>(second[2], second[3])};
+            u32 rest[4] = {};
+            if (BF16) {
+#pragma unroll
+                for (u32 i = 0; i < 4; i++) {
+                    const float(&x)[4] = scores[g * 2 + i / 2];
+                    rest[i] = pack_rest<BF16>(x[i % 2 * 2], x[i % 2 * 2 + 1], weights[i]);
+                }
+            }
             const u8* from = v + (group * 16 + lane % 16) * MMA_STRIDE<DIM> + lane / 16 * 16;
 #pragma unroll
             for (u32 i = 0; i < DIM / 16; i++) {
                 u32 b[4];
                 load_matrices_transposed(b, from + i * 32);
                 const u32 b0[2] = {b[0], b[1]}, b1[2] = {b[2], b[3]};
-                mma_f16(out[i * 2], weights, b0);
-                mma_f16(out[i * 2 + 1], weights, b1);
+                mma_half<BF16>(out[i * 2], weights, b0);
+                mma_half<BF16>(out[i * 2 + 1], weights, b1);
+                if (BF16) mma_half<BF16>(out[i * 2], rest, b0);
+                if (BF16) mma_half<BF16>(out[i * 2 + 1], rest, b1);
             }
         }
     }
@@ -559,28 +589,38 @@ DEVICE void attend(const AttentionParams& p, const Tile& tile, u32 n_queries, u8
     }
 }
 
-// Attention on tensor cores over an f16 or q8_0 cache, for tiles of up to 64 queries. Dynamic shared memory:
+// Attention on tensor cores over an f16 or q8_0 cache, or over a bf16 one, for tiles of up to 64 queries. Dynamic shared memory:
 // 2 * MMA_BUFFER.
-template <u32 DIM> DEVICE void attention_mma(const AttentionParams& p, u8* shared) {
+template <u32 DIM, bool BF16> DEVICE void attention_mma(const AttentionParams& p, u8* shared) {
     const Tile tile = p.tiles[blockIdx.x];
     if (tile.first - p.first >= p.n) return;
     const u32 n_queries = tile.n * (p.n_heads / p.n_kv_heads);
     // Warps that share queries add up in another order.
     if (n_queries <= 16 && !p.is_invariant) {
-        attend<DIM, 1>(p, tile, n_queries, shared);
+        attend<DIM, BF16, 1>(p, tile, n_queries, shared);
     } else {
-        attend<DIM, 4>(p, tile, n_queries, shared);
+        attend<DIM, BF16, 4>(p, tile, n_queries, shared);
     }
 }
 
 KERNEL(attention_mma_64, AttentionParams, 128) {
     DYNAMIC_SHARED(u8, shared);
-    attention_mma<64>(p, shared);
+    attention_mma<64, false>(p, shared);
 }
 
 KERNEL(attention_mma_128, AttentionParams, 128) {
     DYNAMIC_SHARED(u8, shared);
-    attention_mma<128>(p, shared);
+    attention_mma<128, false>(p, shared);
+}
+
+KERNEL(attention_mma_bf16_64, AttentionParams, 128) {
+    DYNAMIC_SHARED(u8, shared);
+    attention_mma<64, true>(p, shared);
+}
+
+KERNEL(attention_mma_bf16_128, AttentionParams, 128) {
+    DYNAMIC_SHARED(u8, shared);
+    attention_mma<128, true>(p, shared);
 }
 
 // ------------------------------------------------------------------ attention_merge

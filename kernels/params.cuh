@@ -111,7 +111,7 @@ struct Tile {
     u32 hidden_to;
 };
 
-// Keys and values of a layer, (row, row_bytes): heads one after another. f32, f16; or q8_0: kv_dim rounded up to 32 int8
+// Keys and values of a layer, (row, row_bytes): heads one after another. f32, f16, bf16; or q8_0: kv_dim rounded up to 32 int8
 // values, then one f16 scale for each 32 of them. row_bytes is a multiple of 16.
 struct KeyValues {
     u8* k;
@@ -138,7 +138,7 @@ struct QkvParams {
     u32 n_rope;          // rotated pairs of a head, at most head_dim / 2
     u32 adjacent;        // pairs are (2i, 2i + 1), not (i, i + head_dim / 2)
     u32 norm_whole;
-    u32 cache_type;      // 0 f32, 1 f16, 2 q8_0
+    u32 cache_type;      // 0 f32, 1 f16, 2 q8_0, 3 bf16
     u32 row_bytes;
     float eps;
 };

@@ -128,6 +128,7 @@ fn is_finite(kind: CacheType, row: &[u8]) -> bool {
         CacheType::F32 => row.as_chunks::<4>().0.iter().all(|&b| f32::from_le_bytes(b).is_finite()),
         CacheType::F16 => row.chunks_exact(2).all(half),
         CacheType::Q8_0 => row.chunks_exact(34).all(half),
+        CacheType::Bf16 => row.chunks_exact(2).all(|b| half::bf16::from_le_bytes([b[0], b[1]]).is_finite()),
     }
 }
 

@@ -64,7 +64,18 @@ fn run_follows_a_schema_and_other_stages() {
     let numbers: Vec<f64> = serde_json::from_str(text.strip_prefix("Numbers: ").unwrap()).unwrap();
     assert!((2..=4).contains(&numbers.len()), "{text}");
     let grammar = file("grammar.lark", "start: /[a-c]{5}/");
-    let text = stdout(&["run", "MODEL", "-p", "x", "--grammar", &grammar, "--samplers", "xtc;top_k;temperature"]);
+    let text = stdout(&[
+        "run",
+        "MODEL",
+        "-p",
+        "x",
+        "--grammar",
+        &grammar,
+        "--samplers",
+        "xtc;top_k;temperature",
+        "--cache",
+        "bf16",
+    ]);
     let word = text.trim_end().strip_prefix('x').unwrap();
     assert!(word.len() == 5 && word.bytes().all(|b| (b'a'..=b'c').contains(&b)), "{text}");
     let gbnf = file("grammar.gbnf", "root ::= \"(\" root \")\" | [d-f]{3} # nested\n");

@@ -73,7 +73,7 @@ fn it_is_what_it_is_called() {
 fn long_prompts_at_once() {
     for g in golden() {
         let model = load(&g.path, BackendKind::Cuda);
-        for cache_type in [CacheType::F32, CacheType::F16] {
+        for cache_type in [CacheType::F32, CacheType::F16, CacheType::Bf16] {
             let options = SessionOptions { n_positions: g.tokens.len(), cache_type, ..Default::default() };
             let mut s = Session::new(model.clone(), &options).unwrap();
             s.prefill(0, &g.tokens).unwrap();

@@ -326,7 +326,9 @@ fn a_saved_sequence_goes_on_anywhere() {
         let models = BACKENDS.map(|backend| load(&g.path, backend));
         let (n, cut) = (g.tokens.len(), g.tokens.len() / 2 + 1);
         // Keys that two backends round to a cache type may come out as neighbouring values.
-        for (cache_type, bound) in [(CacheType::F32, rounding()), (CacheType::F16, 2e-3), (CacheType::Q8_0, 5e-2)] {
+        for (cache_type, bound) in
+            [(CacheType::F32, rounding()), (CacheType::F16, 2e-3), (CacheType::Bf16, 1.6e-2), (CacheType::Q8_0, 5e-2)]
+        {
             let options = SessionOptions { cache_type, ..options(n, 1) };
             for from in &models {
                 let mut source = Session::new(from.clone(), &options).unwrap();
@@ -461,7 +463,7 @@ fn forged_states_are_refused() {
         refused(&mut other, &blob, "another model");
     }
     // The half-precision forms of what is not finite.
-    for (cache_type, wrong) in [(CacheType::F16, 0x7c01u16), (CacheType::Q8_0, 0x7c00)] {
+    for (cache_type, wrong) in [(CacheType::F16, 0x7c01u16), (CacheType::Q8_0, 0x7c00), (CacheType::Bf16, 0x7f80)] {
         let options = SessionOptions { cache_type, ..options(32, 2) };
         let mut s = Session::new(s.model().clone(), &options).unwrap();
         s.prefill(0, &g.tokens[..2]).unwrap();
@@ -469,6 +471,19 @@ fn forged_states_are_refused() {
         body.truncate(body.len() - 8);
         body[rows..rows + 2].copy_from_slice(&wrong.to_le_bytes());
         refused(&mut s, &seal(body), "not finite");
+    }
+    // Rows of another type, even of as many bytes.
+    let mut sessions = [CacheType::F32, CacheType::F16, CacheType::Q8_0, CacheType::Bf16].map(|cache_type| {
+        let mut other = Session::new(s.model().clone(), &SessionOptions { cache_type, ..options(32, 2) }).unwrap();
+        other.prefill(0, &g.tokens[..2]).unwrap();
+        other
+    });
+    let blobs = sessions.each_ref().map(|s| save(s, 0));
+    for s in &mut sessions {
+        let own = s.cache_type() as usize;
+        for (found, blob) in blobs.iter().enumerate().filter(|&(i, _)| i != own) {
+            refused(s, blob, &format!("cache type {found}, expected {own}"));
+        }
     }
     s.restore(0, &blob).unwrap();
 }

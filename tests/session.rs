@@ -156,7 +156,9 @@ fn the_cache_does_not_grow_with_the_copies() {
         Session::new(model.into(), &options).unwrap().memory()
     };
     // 6 layers, 2 key/value heads of 32, keys and values.
-    for (cache_type, row) in [(CacheType::F32, 256), (CacheType::F16, 128), (CacheType::Q8_0, 68)] {
+    for (cache_type, row) in
+        [(CacheType::F32, 256), (CacheType::F16, 128), (CacheType::Bf16, 128), (CacheType::Q8_0, 68)]
+    {
         for (rules, ring) in [((1, 0, 0), 0), ((2, 0, 0), 0), ((2, 16, 32), 16), ((3, 16, 4), 8), ((256, 16, 32), 16)] {
             let found = memory(rules, cache_type);
             assert_eq!(

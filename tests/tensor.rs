@@ -49,6 +49,33 @@ fn cache_types_round_to_their_precision() {
     assert_eq!(zeros, [0; 34]);
 }
 
+/// To the nearest, of two as near the even one; what is no number stays none.
+#[test]
+fn bf16_rounds_to_even() {
+    let rounded = |bits: u32| {
+        let mut row = [0; 2];
+        quantize_row(DType::BF16, &[f32::from_bits(bits)], &mut row);
+        u16::from_le_bytes(row)
+    };
+    for (bits, expected) in [
+        (0x3f80_7fff, 0x3f80),
+        (0x3f80_8000, 0x3f80),
+        (0x3f80_8001, 0x3f81),
+        (0x3f81_8000, 0x3f82),
+        (0xbf81_8000, 0xbf82),
+        (1e5f32.to_bits(), 0x47c3),
+        (1e38f32.to_bits(), 0x7e96),
+        (0x7f7f_ffff, 0x7f80),
+        (0xff80_0000, 0xff80),
+        (0x8000_0001, 0x8000),
+    ] {
+        assert_eq!(rounded(bits), expected, "{bits:08x}");
+    }
+    for bits in [0x7fc0_0000, 0x7f80_0001, 0xff80_7fff, 0xffff_ffff] {
+        assert!(half::bf16::from_bits(rounded(bits)).is_nan(), "{bits:08x}");
+    }
+}
+
 #[test]
 fn sizes_are_whole_blocks() {
     for dtype in DType::ALL {

@@ -23,6 +23,7 @@ const (
 	CacheF32
 	CacheF16
 	CacheQ8_0
+	CacheBF16
 )
 
 // SessionOptions describes a session. What is 0 has the library's default.
@@ -80,6 +81,8 @@ func (o *SessionOptions) params() (C.phd_session_params, error) {
 		params.cache_type = C.PHD_CACHE_F16
 	case CacheQ8_0:
 		params.cache_type = C.PHD_CACHE_Q8_0
+	case CacheBF16:
+		params.cache_type = C.PHD_CACHE_BF16
 	default:
 		return params, invalid("CacheType is %d, expected one of the Cache constants", o.CacheType)
 	}

@@ -421,7 +421,7 @@ func TestSessionOptions(t *testing.T) {
 		wantError(t, err, ErrInvalidArgument)
 	}
 	bytes := map[CacheType]uint64{}
-	for _, c := range []CacheType{CacheDefault, CacheF32, CacheF16, CacheQ8_0} {
+	for _, c := range []CacheType{CacheDefault, CacheF32, CacheF16, CacheQ8_0, CacheBF16} {
 		s := newSession(t, m, &SessionOptions{CacheType: c, NThreads: 1})
 		if s.Model() != m || s.NSequences() != 1 {
 			t.Errorf("the session has %d sequences", s.NSequences())
@@ -435,7 +435,8 @@ func TestSessionOptions(t *testing.T) {
 			t.Errorf("usage is %+v", u)
 		}
 	}
-	if bytes[CacheDefault] != bytes[CacheF16] || bytes[CacheF32] != 2*bytes[CacheF16] || bytes[CacheQ8_0] >= bytes[CacheF16] {
+	if bytes[CacheDefault] != bytes[CacheF16] || bytes[CacheF32] != 2*bytes[CacheF16] || bytes[CacheBF16] != bytes[CacheF16] ||
+		bytes[CacheQ8_0] >= bytes[CacheF16] {
 		t.Errorf("bytes of caches are %v", bytes)
 	}
 	defer func() {

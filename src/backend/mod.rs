@@ -17,7 +17,8 @@ use crate::model::{BackendKind, Hyper, Weights};
 use crate::schedule::Plan;
 use crate::tensor::{DType, quantize_row};
 
-/// Element type of cached keys and values, and of the hidden rings.
+/// Element type of cached keys and values, and of the hidden rings. Saved states, the C interface and `kernels/params.cuh` have the same
+/// numbers.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[allow(non_camel_case_types)]
 pub enum CacheType {
@@ -26,6 +27,8 @@ pub enum CacheType {
     F16,
     /// Blocks of 32 with one f16 scale, over the concatenated heads of a row (the last block is padded).
     Q8_0,
+    /// The range of f32, and 8 bits of precision.
+    Bf16,
 }
 
 impl CacheType {
@@ -33,7 +36,7 @@ impl CacheType {
     pub fn row_bytes(self, n: usize) -> usize {
         match self {
             CacheType::F32 => n * 4,
-            CacheType::F16 => n * 2,
+            CacheType::F16 | CacheType::Bf16 => n * 2,
             CacheType::Q8_0 => n.div_ceil(32) * 34,
         }
     }
@@ -45,6 +48,7 @@ impl CacheType {
         match self {
             CacheType::F32 => quantize_row(DType::F32, x, out),
             CacheType::F16 => quantize_row(DType::F16, x, out),
+            CacheType::Bf16 => quantize_row(DType::BF16, x, out),
             CacheType::Q8_0 => {
                 for (x, out) in x.chunks(32).zip(out.chunks_mut(34)) {
                     let mut padded = [0.0; 32];

@@ -83,6 +83,7 @@ impl RowStore {
         match self.kind {
             CacheType::F32 => dequantize_row(DType::F32, bytes, out),
             CacheType::F16 => dequantize_row(DType::F16, bytes, out),
+            CacheType::Bf16 => dequantize_row(DType::BF16, bytes, out),
             CacheType::Q8_0 => {
                 for (bytes, out) in bytes.chunks(34).zip(out[..self.width].chunks_mut(32)) {
                     let mut padded = [0.0; 32];

@@ -22,6 +22,8 @@ pub enum phd_cache_type {
     PHD_CACHE_F32 = 0,
     PHD_CACHE_F16,
     PHD_CACHE_Q8_0,
+    /// Not f16's precision, but the range of f32.
+    PHD_CACHE_BF16,
 }
 
 /// Told the fraction done, 0 to 1; returning false cancels the call. Must not call into the same session.

@@ -90,6 +90,7 @@ pub(super) fn new_session(model: &phd_model, params: &phd_session_params) -> Res
         0 => CacheType::F32,
         1 => CacheType::F16,
         2 => CacheType::Q8_0,
+        3 => CacheType::Bf16,
         other => return Err(invalid!("cache_type is {other}, expected a phd_cache_type")),
     };
     let options = SessionOptions {

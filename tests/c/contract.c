@@ -148,6 +148,18 @@ static void sessions(const char *golden) {
   params.n_sequences = 2;
   params.cache_type = 9;
   INVALID("cache_type", phd_session_create(model, &params, &session, &error));
+  const uint64_t row_bytes[] = {32 * 4, 32 * 2, 34, 32 * 2}; /* (phd_cache_type) */
+  for (uint32_t type = PHD_CACHE_F32; type <= PHD_CACHE_BF16; type++) {
+    phd_memory size;
+    size.struct_size = sizeof size;
+    params.cache_type = type;
+    OK(phd_session_create(model, &params, &session, &error));
+    OK(phd_session_memory(session, &size, &error));
+    CHECK(size.cache_bytes == 3 * 2 * N * row_bytes[type]);
+    OK(phd_prefill(session, 0, tokens, N, &error));
+    phd_session_free(session);
+    session = NULL;
+  }
   params.cache_type = PHD_CACHE_F32;
   INVALID("model", phd_session_create(NULL, &params, &session, &error));
   INVALID("out", phd_session_create(model, &params, NULL, &error));
@@ -1164,7 +1176,7 @@ int main(int argc, char **argv) {
   if (argc != 4) return 2;
   CHECK(phd_abi_version() == 1 && strlen(phd_version()) > 4);
   CHECK(strcmp(phd_status_name(PHD_ERROR_CACHE_FULL), "PHD_ERROR_CACHE_FULL") == 0);
-  CHECK(PHD_ERROR_INTERNAL == 10 && PHD_BACKEND_CUDA == 2 && PHD_CACHE_Q8_0 == 2 && PHD_WEIGHT_Q6_K == 9);
+  CHECK(PHD_ERROR_INTERNAL == 10 && PHD_BACKEND_CUDA == 2 && PHD_CACHE_Q8_0 == 2 && PHD_CACHE_BF16 == 3 && PHD_WEIGHT_Q6_K == 9);
   CHECK(phd_error_status(NULL) == PHD_OK && strlen(phd_error_message(NULL)) == 0);
   phd_model_free(NULL);
   phd_session_free(NULL);

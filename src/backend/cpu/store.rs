@@ -143,6 +143,12 @@ impl Rows {
                     let whole = n - n % S::LANES;
                     dequantize_row(DType::F16, &bytes[2 * whole..], &mut out[whole..]);
                 }
+                CacheType::Bf16 => {
+                    let bytes = self.data.slice(at + 2 * first, 2 * n);
+                    vectors::<S, 2>(bytes.as_ptr(), out, |p| S::load_bf16(p.cast()));
+                    let whole = n - n % S::LANES;
+                    dequantize_row(DType::BF16, &bytes[2 * whole..], &mut out[whole..]);
+                }
                 // Whole blocks.
                 CacheType::Q8_0 if n.is_multiple_of(32) && first.is_multiple_of(32) => {
                     let bytes = self.data.slice(at + first / 32 * Q8_BLOCK, n / 32 * Q8_BLOCK);
@@ -290,7 +296,7 @@ impl Granules {
             let granule = self.data.as_ptr().add(base);
             match self.parts.kind {
                 CacheType::F32 => scatter::<4>(encoded, granule.add(4 * lane), lanes),
-                CacheType::F16 => scatter::<2>(encoded, granule.add(2 * lane), lanes),
+                CacheType::F16 | CacheType::Bf16 => scatter::<2>(encoded, granule.add(2 * lane), lanes),
                 CacheType::Q8_0 => {
                     for (i, block) in encoded.chunks_exact(Q8_BLOCK).enumerate() {
                         let to = granule.add(i * lanes * Q8_BLOCK);
@@ -327,7 +333,7 @@ impl Granules {
             };
             match kind {
                 CacheType::F32 => gather(0, 4, n / 4, 0),
-                CacheType::F16 => gather(0, 2, n / 2, 0),
+                CacheType::F16 | CacheType::Bf16 => gather(0, 2, n / 2, 0),
                 CacheType::Q8_0 => {
                     for at in (0..n).step_by(Q8_BLOCK) {
                         gather(at, 2, 1, at * lanes + 32 * lanes);
@@ -346,7 +352,7 @@ impl Granules {
             let data = self.data.as_mut();
             let mut copy = |from: usize, to: usize, n: usize| data.copy_within(from..from + n, to);
             match kind {
-                CacheType::F32 | CacheType::F16 => {
+                CacheType::F32 | CacheType::F16 | CacheType::Bf16 => {
                     let size = if kind == CacheType::F32 { 4 } else { 2 };
                     let place = |l: &Lane, e: usize| l.base + (e * lanes + l.lane) * size;
                     (0..bytes / size).for_each(|e| copy(place(&from, e), place(&to, e), size));
@@ -406,6 +412,10 @@ impl Granules {
                     let bytes = &bytes[first * GRANULE * 2..(first + n) * GRANULE * 2];
                     columns::<S, 2>(bytes.as_ptr(), n, out, stride, |p| S::load_f16(p.cast()));
                 }
+                CacheType::Bf16 => {
+                    let bytes = &bytes[first * GRANULE * 2..(first + n) * GRANULE * 2];
+                    columns::<S, 2>(bytes.as_ptr(), n, out, stride, |p| S::load_bf16(p.cast()));
+                }
                 CacheType::Q8_0 => {
                     let mut done = 0;
                     while done < n {
@@ -440,7 +450,7 @@ impl Granules {
         let from = unsafe { self.data.slice(self.at(row, part).base, lanes * self.parts.bytes) };
         match self.parts.kind {
             CacheType::F32 => widen::<4>(from, lanes, lane, to),
-            CacheType::F16 => widen::<2>(from, lanes, lane, to),
+            CacheType::F16 | CacheType::Bf16 => widen::<2>(from, lanes, lane, to),
             CacheType::Q8_0 => {
                 let blocks = from.chunks_exact(lanes * Q8_BLOCK).zip(to.chunks_exact_mut(GRANULE * Q8_BLOCK));
                 for (from, to) in blocks {

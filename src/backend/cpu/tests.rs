@@ -314,7 +314,7 @@ fn attention_is_right_for_every_cache() {
         case(128, 2, 16, 64, 3, 12),
     ];
     let mut noise = Noise(5);
-    for kind in [CacheType::F32, CacheType::F16, CacheType::Q8_0] {
+    for kind in [CacheType::F32, CacheType::F16, CacheType::Bf16, CacheType::Q8_0] {
         for c in &cases {
             let width = c.head_dim * c.n_kv_heads;
             let n_blocks = c.stored.div_ceil(c.rows_per_block);

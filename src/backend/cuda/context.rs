@@ -22,7 +22,7 @@ use crate::schedule::Plan;
 pub const MAX_HEAD_DIM: usize = 256;
 /// Queries (rows times heads of one key head) that share a read of the keys.
 pub const TILE_QUERIES: usize = 64;
-const ATTENTION_THREADS: u32 = 128;
+pub const ATTENTION_THREADS: u32 = 128;
 const MAX_SPLITS: usize = 64;
 /// Rows of partial attention results, splits counted.
 const PARTIAL_ROWS: usize = 512;
@@ -75,7 +75,7 @@ impl Store {
 }
 
 /// Bytes of a cached row on the device: see `KeyValues` in `kernels/params.cuh`.
-fn row_bytes(kind: CacheType, kv_dim: usize) -> usize {
+pub fn row_bytes(kind: CacheType, kv_dim: usize) -> usize {
     kind.row_bytes(kv_dim).next_multiple_of(16)
 }
 
@@ -601,11 +601,7 @@ impl Step {
         let three = [(&layer.q, q), (&layer.k, k), (&layer.v, v)];
         // SAFETY: see `layers`.
         unsafe { self.linear(self.input.from(0), &three, n_enter)? };
-        let cache_type = match self.options.cache_type {
-            CacheType::F32 => 0,
-            CacheType::F16 => 1,
-            CacheType::Q8_0 => 2,
-        };
+        let cache_type = self.options.cache_type as u32;
         let (cache, ring, fresh) = (self.cache.layer(index), self.rings.layer(index), self.fresh.layer(0));
         let row_bytes = self.cache.row_bytes as u32;
         let (n_heads, n_kv_heads, head_dim) = (h.n_heads as u32, h.n_kv_heads as u32, h.head_dim as u32);
@@ -663,9 +659,14 @@ impl Step {
             is_invariant: self.splits.is_invariant.into(),
             scale: 1.0 / (h.head_dim as f32).sqrt(),
         };
-        let (kernel, shared) = match model.kernels.attention_mma {
-            Some(kernel) if self.options.cache_type != CacheType::F32 => (kernel, mma_shared(h.head_dim)),
-            _ => (model.kernels.attention_plain, plain_shared(h.head_dim)),
+        let mma = match self.options.cache_type {
+            CacheType::F32 => None,
+            CacheType::F16 | CacheType::Q8_0 => model.kernels.attention_mma,
+            CacheType::Bf16 => model.kernels.attention_mma_bf16,
+        };
+        let (kernel, shared) = match mma {
+            Some(kernel) => (kernel, mma_shared(h.head_dim)),
+            None => (model.kernels.attention_plain, plain_shared(h.head_dim)),
         };
         let grid = Grid { blocks: (lists.tiles.len(), h.n_kv_heads, splits), threads: ATTENTION_THREADS, shared };
         // Heads that make up whole parts of 32 values, see `MergeParams`.

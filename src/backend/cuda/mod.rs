@@ -84,6 +84,7 @@ struct Kernels {
     qkv_finish: Kernel,
     attention_plain: Kernel,
     attention_mma: Option<Kernel>,
+    attention_mma_bf16: Option<Kernel>,
     attention_merge: Kernel,
     top_chunks: Kernel,
     top_rows: Kernel,
@@ -326,7 +327,12 @@ impl Kernels {
         for m in &weights.embeddings {
             embed.insert(m.dtype, module.kernel(&format!("embed_{}", pack::type_name(m.dtype)), 0)?);
         }
-        let mma = |n| module.kernel(&format!("attention_mma_{n}"), context::mma_shared(n));
+        let mma = |cache: &str| match h.head_dim {
+            n @ (64 | 128) if h.n_heads / h.n_kv_heads <= context::TILE_QUERIES => {
+                module.kernel(&format!("attention_mma{cache}_{n}"), context::mma_shared(n)).map(Some)
+            }
+            _ => Ok(None),
+        };
         Ok(Kernels {
             linear,
             dequantize,
@@ -336,10 +342,8 @@ impl Kernels {
             add_bias: module.kernel("add_bias", 0)?,
             qkv_finish: module.kernel("qkv_finish", context::qkv_shared(h))?,
             attention_plain: module.kernel("attention_plain", context::plain_shared(h.head_dim))?,
-            attention_mma: match h.head_dim {
-                n @ (64 | 128) if h.n_heads / h.n_kv_heads <= context::TILE_QUERIES => Some(mma(n)?),
-                _ => None,
-            },
+            attention_mma: mma("")?,
+            attention_mma_bf16: mma("_bf16")?,
             attention_merge: module.kernel("attention_merge", 0)?,
             top_chunks: module.kernel("top_chunks", 0)?,
             top_rows: module.kernel("top_rows", 0)?,

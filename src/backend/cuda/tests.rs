@@ -2,14 +2,18 @@
 
 use std::sync::Arc;
 
-use super::context::{TOP_CHUNK, TOP_THREADS};
+use super::context::{ATTENTION_THREADS, TOP_CHUNK, TOP_THREADS, mma_shared, plain_shared, row_bytes};
 use super::driver::{Buffer, Device, Grid, Module, Stream};
 use super::pack::{matrix_bytes, pack_strip, strip_bytes, type_name};
-use super::params::{Activations, LinearParams, Matrix, Params, ResidualParams, TopParams};
+use super::params::{
+    Activations, AttentionParams, Entry, KeyValues, LinearParams, Matrix, MergeParams, Params, QkvParams,
+    ResidualParams, Row, Tile, TopParams,
+};
+use super::plan::SPLIT_ROWS;
 use super::weights::STRIP;
 use super::{Sums, THREADS, compile, width};
-use crate::backend::TOP;
 use crate::backend::testing::{Noise, weights};
+use crate::backend::{CacheType, TOP};
 use crate::sampling::{Sampler, SamplerParams};
 use crate::tensor::{DType, dequantize_row};
 
@@ -41,13 +45,17 @@ impl Bench {
         buffer
     }
 
-    fn download(&self, buffer: &Buffer) -> Vec<f32> {
+    fn bytes(&self, buffer: &Buffer) -> Vec<u8> {
         let mut bytes = vec![0; buffer.bytes()];
         let _entered = self.device.enter().unwrap();
         // SAFETY: as above.
         unsafe { self.stream.download(&mut bytes, buffer.address()).unwrap() };
         self.stream.synchronize().unwrap();
-        bytes.as_chunks::<4>().0.iter().map(|&b| f32::from_le_bytes(b)).collect()
+        bytes
+    }
+
+    fn download(&self, buffer: &Buffer) -> Vec<f32> {
+        self.bytes(buffer).as_chunks::<4>().0.iter().map(|&b| f32::from_le_bytes(b)).collect()
     }
 
     fn launch<P: Params>(&self, kernel: &str, grid: Grid, params: &P) {
@@ -401,6 +409,237 @@ fn the_best_tokens_are_all_that_samplers_see() {
                     assert_eq!(best.is_ok(), usable > 0);
                 }
             }
+        }
+    }
+}
+
+/// A row as the cache rounds it, and its bytes.
+fn cached(kind: CacheType, row: &[f32]) -> (Vec<f64>, Vec<u8>) {
+    let mut bytes = vec![0; kind.row_bytes(row.len())];
+    kind.encode(row, &mut bytes);
+    let dtype = match kind {
+        CacheType::F32 => DType::F32,
+        CacheType::F16 => DType::F16,
+        CacheType::Q8_0 => DType::Q8_0,
+        CacheType::Bf16 => DType::BF16,
+    };
+    let mut rounded = vec![0.0; row.len().next_multiple_of(dtype.block_len())];
+    dequantize_row(dtype, &bytes, &mut rounded);
+    (rounded[..row.len()].iter().map(|&x| f64::from(x)).collect(), bytes)
+}
+
+struct AttentionCase {
+    head_dim: usize,
+    n_kv_heads: usize,
+    /// Heads of a key head.
+    group: usize,
+    n_stored: usize,
+    n_hidden: usize,
+    /// Rows that attend: the last ones.
+    n_keep: usize,
+    splits: usize,
+}
+
+const ROWS_PER_BLOCK: usize = 16;
+
+/// A pass of one sequence without a past: stored rows, in blocks in reverse order, each of which sees those before it; then hidden
+/// rows, which see the stored rows, and the few hidden ones before them. Against f64 over the values as the cache rounds them.
+fn attention(b: &Bench, c: &AttentionCase, kind: CacheType, size: f32) {
+    let (dim, n) = (c.head_dim, c.n_stored + c.n_hidden);
+    let (kv_dim, q_dim) = (c.n_kv_heads * dim, c.n_kv_heads * c.group * dim);
+    let n_blocks = c.n_stored.div_ceil(ROWS_PER_BLOCK);
+    let blocks: Vec<u32> = (0..n_blocks as u32).rev().collect();
+    let place = |i: usize| blocks[i / ROWS_PER_BLOCK] as usize * ROWS_PER_BLOCK + i % ROWS_PER_BLOCK;
+    let rows: Vec<Row> = (0..n)
+        .map(|i| match i.checked_sub(c.n_stored) {
+            None => Row { stored: i as u32 + 1, place: place(i) as u32, ..Row::default() },
+            Some(j) => Row {
+                stored: (c.n_stored - j % c.n_stored.min(3)) as u32,
+                hidden_from: j.saturating_sub(10) as u32,
+                hidden_to: j as u32 + 1,
+                place: j as u32,
+                is_hidden: 1,
+                ..Row::default()
+            },
+        })
+        .collect();
+    let kept = &rows[n - c.n_keep..];
+    let most = |of: fn(&Row) -> u32| kept.iter().map(of).max().unwrap();
+    let hidden = kept.iter().filter(|r| r.is_hidden == 1).map(|r| r.hidden_from).min();
+    let stored = most(|r| r.stored);
+    let tile = Tile {
+        n: c.n_keep as u32,
+        stored,
+        split: stored.div_ceil(c.splits as u32).next_multiple_of(SPLIT_ROWS as u32),
+        hidden_from: hidden.unwrap_or(0),
+        hidden_to: most(|r| r.hidden_to),
+        ..Tile::default()
+    };
+    // Scores of -9 to 9 or so for every size of head.
+    let scaled = |values: Vec<f32>, by: f32| values.into_iter().map(|x| x * by).collect::<Vec<f32>>();
+    let q = scaled(noise(n * q_dim, 1), 9.0 / size);
+    let (k, v) = (scaled(noise(n * kv_dim, 2), size), scaled(noise(n * kv_dim, 3), 8.0 * size));
+
+    let row_bytes = row_bytes(kind, kv_dim);
+    let store = |rows: usize| b.upload(&vec![0u8; rows.max(1) * row_bytes]);
+    let (cache, fresh) = ([store(n_blocks * ROWS_PER_BLOCK), store(n_blocks * ROWS_PER_BLOCK)], [store(n), store(n)]);
+    let pair = |stores: &[Buffer; 2]| KeyValues { k: stores[0].address(), v: stores[1].address() };
+    let all: Vec<u32> = (0..n as u32).collect();
+    let (dq, dk, dv) = (b.upload(&q), b.upload(&k), b.upload(&v));
+    let (drows, denter, dkeep) = (b.upload(&rows), b.upload(&all), b.upload(&all[n - c.n_keep..]));
+    let finish = QkvParams {
+        q: dq.address(),
+        k: dk.address(),
+        v: dv.address(),
+        rope: dq.address(), // nothing is rotated
+        rows: drows.address(),
+        enter: denter.address(),
+        cache: pair(&cache),
+        fresh: pair(&fresh),
+        n: n as u32,
+        n_heads: (c.n_kv_heads * c.group) as u32,
+        n_kv_heads: c.n_kv_heads as u32,
+        head_dim: dim as u32,
+        cache_type: kind as u32,
+        row_bytes: row_bytes as u32,
+        ..QkvParams::default()
+    };
+    let grid = |blocks, threads, shared| Grid { blocks, threads, shared };
+    b.launch("qkv_finish", grid((n, 3, 1), ATTENTION_THREADS, 4 * q_dim), &finish);
+
+    // What was stored, and what the values are.
+    let rounded = |values: &[f32], part: usize| {
+        let (cache, fresh) = (b.bytes(&cache[part]), b.bytes(&fresh[part]));
+        let rows = values.chunks_exact(kv_dim).zip(&rows).map(|(values, row)| {
+            let (rounded, bytes) = cached(kind, values);
+            let store = if row.is_hidden == 1 { &fresh } else { &cache };
+            let stored = &store[row.place as usize * row_bytes..][..bytes.len()];
+            assert!(kind == CacheType::Q8_0 || stored == bytes, "{kind:?}: a row of {kv_dim} is encoded otherwise");
+            rounded
+        });
+        rows.collect::<Vec<Vec<f64>>>()
+    };
+    let (k, v) = (rounded(&k, 0), rounded(&v, 1));
+
+    let dtile = b.upload(&[tile]);
+    let dentry = b.upload(&[Entry { n_hidden: c.n_hidden as u32, ..Entry::default() }]);
+    let dblocks = b.upload(&blocks);
+    let partial = b.upload(&vec![f32::NAN; c.n_keep * c.n_kv_heads * c.group * c.splits * (dim + 2)]);
+    let params = AttentionParams {
+        q: dq.address(),
+        rows: drows.address(),
+        enter: denter.address(),
+        keep: dkeep.address(),
+        tiles: dtile.address(),
+        entries: dentry.address(),
+        blocks: dblocks.address(),
+        cache: pair(&cache),
+        ring: pair(&fresh), // nothing is in a ring
+        fresh: pair(&fresh),
+        partial: partial.address(),
+        first: 0,
+        n: c.n_keep as u32,
+        n_heads: finish.n_heads,
+        n_kv_heads: finish.n_kv_heads,
+        head_dim: finish.head_dim,
+        splits: c.splits as u32,
+        rows_per_block: ROWS_PER_BLOCK as u32,
+        ring_capacity: 1,
+        cache_type: finish.cache_type,
+        row_bytes: finish.row_bytes,
+        is_invariant: 0,
+        scale: 1.0 / (dim as f32).sqrt(),
+    };
+    // Relative to the largest value. f32; weights in f16; keys and values, too; weights and queries in two bf16 parts.
+    let plain = ("attention_plain".to_owned(), plain_shared(dim), 1e-5);
+    let mma = |name: &str, bound| (format!("{name}_{dim}"), mma_shared(dim), bound);
+    let mma = match (dim, kind) {
+        (64 | 128, CacheType::F16) => Some(mma("attention_mma", 5e-4)),
+        (64 | 128, CacheType::Q8_0) => Some(mma("attention_mma", 2e-3)),
+        (64 | 128, CacheType::Bf16) => Some(mma("attention_mma_bf16", 1e-4)),
+        _ => None,
+    };
+    // Warps share the keys of up to 16 queries, or, if it is to be invariant, each has its own queries.
+    for (kernel, is_invariant) in [(Some(&plain), 0), (mma.as_ref(), 0), (mma.as_ref(), 1)] {
+        let Some((kernel, shared, bound)) = kernel else { continue };
+        let params = AttentionParams { is_invariant, ..params };
+        b.launch(kernel, grid((1, c.n_kv_heads, c.splits), ATTENTION_THREADS, *shared), &params);
+        let made = no_activations(b, c.n_keep, q_dim);
+        let heads =
+            (1..c.n_kv_heads * c.group).find(|n| (n * dim).is_multiple_of(32)).unwrap_or(c.n_kv_heads * c.group);
+        let merge = MergeParams {
+            partial: partial.address(),
+            act: made.act,
+            rows: drows.address(),
+            enter: denter.address(),
+            entries: dentry.address(),
+            ring: params.ring,
+            fresh: params.fresh,
+            n: c.n_keep as u32,
+            n_heads: finish.n_heads,
+            head_dim: finish.head_dim,
+            heads: heads as u32,
+            splits: c.splits as u32,
+            ring_capacity: 1,
+            row_bytes: finish.row_bytes,
+            unused: 0,
+        };
+        let blocks = (c.n_keep, (c.n_kv_heads * c.group).div_ceil(heads), 1);
+        b.launch("attention_merge", grid(blocks, ATTENTION_THREADS, 4 * heads * dim), &merge);
+        let found = b.download(&made.buffers[2]);
+        let stride = made.act.stride as usize;
+        for (i, row) in kept.iter().enumerate() {
+            let stored = 0..row.stored as usize;
+            let hidden = c.n_stored + row.hidden_from as usize..c.n_stored + row.hidden_to as usize;
+            for head in 0..c.n_kv_heads * c.group {
+                let q = &q[(n - c.n_keep + i) * q_dim + head * dim..][..dim];
+                let of = |row: &[f64]| row[head / c.group * dim..][..dim].to_vec();
+                let (mut total, mut expected) = (0.0, vec![0.0; dim]);
+                for key in stored.clone().chain(hidden.clone()) {
+                    let score: f64 = q.iter().zip(of(&k[key])).map(|(&q, k)| f64::from(q) * k).sum();
+                    let weight = (score / (dim as f64).sqrt()).exp();
+                    total += weight;
+                    expected.iter_mut().zip(of(&v[key])).for_each(|(e, v)| *e += weight * v);
+                }
+                for d in 0..dim {
+                    let (found, expected) = (f64::from(found[i * stride + head * dim + d]), expected[d] / total);
+                    assert!(
+                        (found - expected).abs() <= bound * f64::from(8.0 * size),
+                        "{kernel} {kind:?} {n} rows, {head} of {} heads, row {i}, {d}: {found} for {expected}",
+                        c.n_kv_heads * c.group
+                    );
+                }
+            }
+        }
+    }
+}
+
+#[test]
+#[ignore = "needs a GPU or the emulator: tests/cuda/run.sh"]
+fn attention_over_every_cache() {
+    let b = bench();
+    let case = |head_dim, n_kv_heads, group, n_stored, n_hidden, n_keep, splits| AttentionCase {
+        head_dim,
+        n_kv_heads,
+        group,
+        n_stored,
+        n_hidden,
+        n_keep,
+        splits,
+    };
+    let cases = [
+        case(6, 1, 1, 3, 0, 1, 1),
+        case(24, 3, 2, 20, 5, 7, 2),
+        case(64, 2, 1, 70, 9, 4, 2),
+        case(64, 1, 5, 130, 17, 9, 3),
+        case(128, 2, 3, 67, 0, 5, 1),
+        case(128, 1, 7, 150, 33, 9, 2),
+    ];
+    for kind in [CacheType::F32, CacheType::F16, CacheType::Q8_0, CacheType::Bf16] {
+        // Larger keys and values than f16 has.
+        let sizes: &[f32] = if matches!(kind, CacheType::F32 | CacheType::Bf16) { &[1.0, 1e6] } else { &[1.0] };
+        for c in &cases {
+            sizes.iter().for_each(|&size| attention(&b, c, kind, size));
         }
     }
 }

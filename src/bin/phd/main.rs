@@ -67,6 +67,7 @@ enum Backend {
 enum Cache {
     F32,
     F16,
+    Bf16,
     #[value(name = "q8_0")]
     Q8_0,
 }
@@ -137,6 +138,7 @@ impl Common {
         let cache_type = match self.cache {
             Cache::F32 => CacheType::F32,
             Cache::F16 => CacheType::F16,
+            Cache::Bf16 => CacheType::Bf16,
             Cache::Q8_0 => CacheType::Q8_0,
         };
         SessionOptions { n_positions, n_threads: self.threads, cache_type, ..Default::default() }

@@ -173,15 +173,15 @@ func (c *config) register() {
 		out               *string
 		name, short, what string
 	}{{&k, "cache-type-k", "-ctk", "keys"}, {&v, "cache-type-v", "-ctv", "values"}} {
-		f.Func(side.name, "`type` of cached "+side.what+": f32, f16 or q8_0, the same for keys and values (default f16)", func(value string) error {
+		f.Func(side.name, "`type` of cached "+side.what+": f32, f16, bf16 or q8_0, the same for keys and values (default f16)", func(value string) error {
 			*side.out = value
 			if k != "" && v != "" && k != v {
 				return errors.New("keys and values must have the same type")
 			}
-			types := map[string]phd.CacheType{"f32": phd.CacheF32, "f16": phd.CacheF16, "q8_0": phd.CacheQ8_0}
+			types := map[string]phd.CacheType{"f32": phd.CacheF32, "f16": phd.CacheF16, "bf16": phd.CacheBF16, "q8_0": phd.CacheQ8_0}
 			cacheType, ok := types[value]
 			o.CacheType = cacheType
-			return expect(ok, "f32, f16 or q8_0")
+			return expect(ok, "f32, f16, bf16 or q8_0")
 		})
 		c.alias(side.name, side.short)
 	}

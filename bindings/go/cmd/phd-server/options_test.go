@@ -122,7 +122,7 @@ func TestWrongArguments(t *testing.T) {
 		"--temp hot":                 "expected a number",
 		"--temp NaN":                 "expected a number",
 		"-ctk f32 -ctv f16":          "the same type",
-		"-ctk q4_0":                  "expected f32, f16 or q8_0",
+		"-ctk q4_0":                  "expected f32, f16, bf16 or q8_0",
 		"--pooling rank":             "expected one of last, mean, none",
 		"--backend tpu":              "expected auto, cpu, cuda or reference",
 		"--timeout -1":               "expected seconds",
