@@ -90,6 +90,9 @@ impl CancelHandle {
     }
 }
 
+/// Of [`SessionOptions::max_rows`]: groups of rows fit into a device's grids.
+const MAX_ROWS: usize = 1 << 17;
+
 /// Rows that a pass always has room for if the session's sequences can make so many by one step each.
 const MAX_STEP_ROWS: usize = 1024;
 
@@ -213,6 +216,9 @@ impl Session {
     pub fn new(model: Arc<Model>, options: &SessionOptions) -> Result<Session> {
         let rules = model.hyper.rules;
         let layout = Layout::new(&rules, options.n_positions, options.n_sequences, options.n_draft)?;
+        if options.max_rows > MAX_ROWS {
+            return Err(invalid!("max_rows is {}, expected at most {MAX_ROWS}", options.max_rows));
+        }
         // One step of every sequence is one pass, up to where its scratch would outgrow what it saves.
         let max_rows = options.max_rows.max(rules.copies).max((layout.n_sequences * rules.copies).min(MAX_STEP_ROWS));
         let n_threads = match options.n_threads {

@@ -170,6 +170,25 @@ fn the_cache_does_not_grow_with_the_copies() {
     }
 }
 
+/// Before anything is allocated.
+#[test]
+fn sizes_out_of_range_are_refused() {
+    let model = load(&demo_model(), BackendKind::Cpu);
+    let fine = || SessionOptions { n_positions: 64, ..Default::default() };
+    for (options, what) in [
+        (SessionOptions { n_positions: 0, ..fine() }, "n_positions is 0"),
+        (SessionOptions { n_positions: usize::MAX, ..fine() }, "n_positions is 18446744073709551615"),
+        (SessionOptions { n_sequences: 0, ..fine() }, "n_sequences is 0"),
+        (SessionOptions { n_threads: 1025, ..fine() }, "n_threads is 1025"),
+        (SessionOptions { n_draft: 257, ..fine() }, "n_draft is 257"),
+        (SessionOptions { max_rows: (1 << 17) + 1, ..fine() }, "max_rows is 131073"),
+        (SessionOptions { max_rows: usize::MAX / 64, ..fine() }, "max_rows is 288230376151711743"),
+    ] {
+        let error = Session::new(model.clone(), &options).err().expect(what);
+        assert!(matches!(&error, Error::InvalidArgument(e) if e.contains(what)), "{what}: {error}");
+    }
+}
+
 /// A call that is cancelled between its passes leaves the sequence as it was: length, logits, and what follows.
 #[test]
 fn a_cancelled_call_changes_nothing() {

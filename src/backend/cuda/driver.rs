@@ -157,9 +157,15 @@ impl Buffer {
     /// Zeros.
     pub fn zeroed(device: &Arc<Device>, what: &'static str, bytes: usize) -> Result<Buffer> {
         let buffer = Buffer::new(device, what, bytes)?;
+        if bytes == 0 {
+            return Ok(buffer);
+        }
         let _entered = device.enter()?;
         // SAFETY: within the allocation.
         unsafe { result::memset_d8_sync(buffer.address, 0, bytes) }.or_failed("cannot clear device memory")?;
+        // Whatever its name says, that may be queued only, on the default stream, for which ours do not wait.
+        // SAFETY: null is the default stream.
+        unsafe { result::stream::synchronize(std::ptr::null_mut()) }.or_failed("cannot clear device memory")?;
         Ok(buffer)
     }
 
@@ -379,13 +385,11 @@ impl Stream {
         unsafe { result::stream::begin_capture(self.stream, mode) }.or_failed("cannot capture a graph")?;
         let done = work();
         // SAFETY: a capture is under way; it must be ended whatever became of the work.
-        let graph = unsafe { result::stream::end_capture(self.stream) };
+        let captured = unsafe { result::stream::end_capture(self.stream) }.map(Captured);
         done?;
-        let graph = graph.or_failed("cannot capture a graph")?;
-        // SAFETY: just made.
-        let executable = unsafe { result::graph::instantiate(graph, sys::CUgraphInstantiate_flags(0)) };
-        // SAFETY: an executable graph does not need what it was made of.
-        let _ = unsafe { result::graph::destroy(graph) };
+        let captured = captured.or_failed("cannot capture a graph")?;
+        // SAFETY: just made; the executable graph does not need it afterwards.
+        let executable = unsafe { result::graph::instantiate(captured.0, sys::CUgraphInstantiate_flags(0)) };
         Ok(Graph { device: self.device.clone(), graph: executable.or_failed("cannot instantiate a graph")? })
     }
 
@@ -435,6 +439,16 @@ impl Drop for Event {
         let Ok(_entered) = self.device.enter() else { return };
         // SAFETY: made by `new`.
         let _ = unsafe { result::event::destroy(self.event) };
+    }
+}
+
+/// What executable graphs are made of.
+struct Captured(sys::CUgraph);
+
+impl Drop for Captured {
+    fn drop(&mut self) {
+        // SAFETY: made by a capture.
+        let _ = unsafe { result::graph::destroy(self.0) };
     }
 }
 

@@ -1,7 +1,8 @@
 // libcuda.so.1 for machines without a GPU: what src/backend/cuda calls of the driver, with kernels run by emulated.h.
 //
 // It is strict where a GPU is merely fast: a stream's work is done when somebody waits for it and not before, every allocation begins
-// as garbage and ends at a page that nobody may touch, what must not happen during a capture is refused. Settings, read at each use:
+// as garbage and ends at a page that nobody may touch, what must not happen during a capture is refused, what is left when the context
+// is let go ends the process. Settings, read at each use:
 //   PHD_EMULATOR_DEVICES  0: there is none           PHD_EMULATOR_MEMORY  bytes of device memory (1 GiB)
 //   PHD_EMULATOR_FAIL     NAME:N, the N-th call of that function since this was set fails
 //   PHD_EMULATOR_SEED     of the order of threads
@@ -69,6 +70,9 @@ struct Function {
 std::recursive_mutex lock;
 std::map<uint64_t, std::pair<size_t, size_t>> allocations; // address: (bytes, bytes before it in its mapping)
 size_t used = 0;
+Stream default_stream; // of whoever names none: fills of memory
+// What there is of each kind, which must be gone when the device's context is let go.
+long n_retained = 0, n_host = 0, n_streams = 0, n_events = 0, n_graphs = 0, n_modules = 0;
 int broken = OK; // after a failed kernel the context is of no more use
 thread_local std::vector<void*> contexts;
 thread_local Stream* capturing = nullptr;
@@ -229,11 +233,18 @@ API cuDeviceGetAttribute(int* value, int attribute, int) {
 }
 API cuDevicePrimaryCtxRetain(void** context, int) {
     BEGIN
+    n_retained++;
     *context = &the_context;
     return OK;
 }
 API cuDevicePrimaryCtxRelease_v2(int) {
     BEGIN
+    if (--n_retained) return OK;
+    if (!allocations.empty() || n_host || n_streams || n_events || n_graphs || n_modules) {
+        fprintf(stderr, "emulator: left behind: %zu allocations, %ld of the host, %ld streams, %ld events, %ld graphs, %ld modules\n",
+                allocations.size(), n_host, n_streams, n_events, n_graphs, n_modules);
+        abort();
+    }
     return OK;
 }
 API cuCtxPushCurrent_v2(void* context) {
@@ -280,6 +291,7 @@ API cuMemFree_v2(uint64_t address) {
     NOT_WHILE_CAPTURING
     auto found = allocations.find(address);
     if (found == allocations.end()) return INVALID_VALUE;
+    drain(&default_stream, [] { return false; });
     const auto [bytes, before] = found->second;
     const size_t mapped = before + (bytes + 15) / 16 * 16 + page();
     // The addresses are never used again.
@@ -293,19 +305,25 @@ API cuMemHostAlloc(void** memory, size_t bytes, unsigned) {
     NOT_WHILE_CAPTURING
     *memory = bytes < (1ull << 40) ? aligned_alloc(page(), (bytes + page() - 1) / page() * page()) : nullptr;
     if (!*memory) return OUT_OF_MEMORY;
+    n_host++;
     memset(*memory, 0xff, bytes);
     return OK;
 }
 API cuMemFreeHost(void* memory) {
     BEGIN
     free(memory);
+    n_host--;
     return OK;
 }
 API cuMemsetD8_v2(uint64_t address, unsigned char value, size_t bytes) {
     BEGIN_IN_CONTEXT
     NOT_WHILE_CAPTURING
-    if (!is_within(address, bytes)) return INVALID_VALUE;
-    memset(reinterpret_cast<void*>(address), value, bytes);
+    if (!bytes || !is_within(address, bytes)) return INVALID_VALUE;
+    // Although it is not called asynchronous, nobody waits for it, nor do streams of the kind that is used here.
+    default_stream.work.push_back([=] {
+        memset(reinterpret_cast<void*>(address), value, bytes);
+        return OK;
+    });
     return OK;
 }
 API cuMemcpyHtoDAsync_v2(uint64_t to, const void* from, size_t bytes, void* stream) {
@@ -333,18 +351,24 @@ API cuStreamCreate(void** stream, unsigned) {
     BEGIN_IN_CONTEXT
     NOT_WHILE_CAPTURING
     *stream = new Stream;
+    n_streams++;
     return OK;
 }
 API cuStreamDestroy_v2(void* stream) {
     BEGIN
     drain(static_cast<Stream*>(stream), [] { return false; });
+    if (capturing == stream) capturing = nullptr;
     delete static_cast<Stream*>(stream);
+    n_streams--;
     return OK;
 }
 API cuStreamSynchronize(void* stream) {
     BEGIN_IN_CONTEXT
     NOT_WHILE_CAPTURING
-    return drain(static_cast<Stream*>(stream), [] { return false; });
+    const int status = drain(stream ? static_cast<Stream*>(stream) : &default_stream, [] { return false; });
+    // As late as may be.
+    drain(&default_stream, [] { return false; });
+    return status;
 }
 API cuStreamBeginCapture_v2(void* stream, int) {
     BEGIN_IN_CONTEXT
@@ -364,11 +388,13 @@ API cuStreamEndCapture(void* stream, void** graph) {
     if (!captured) return INVALID_VALUE;
     if (captured->is_spoilt) return CAPTURE_INVALIDATED;
     *graph = new Graph(*captured);
+    n_graphs++;
     return OK;
 }
 API cuEventCreate(void** event, unsigned) {
     BEGIN_IN_CONTEXT
     *event = new Event;
+    n_events++;
     return OK;
 }
 API cuEventRecord(void* event, void* stream) {
@@ -390,11 +416,13 @@ API cuEventDestroy_v2(void* event) {
     Event* e = static_cast<Event*>(event);
     if (e->stream && e->passed < e->recorded) drain(e->stream, [=] { return e->passed >= e->recorded; });
     delete e;
+    n_events--;
     return OK;
 }
 API cuGraphInstantiateWithFlags(void** executable, void* graph, uint64_t) {
     BEGIN_IN_CONTEXT
     *executable = new Graph(*static_cast<Graph*>(graph));
+    n_graphs++;
     return OK;
 }
 API cuGraphLaunch(void* executable, void* stream) {
@@ -405,11 +433,13 @@ API cuGraphLaunch(void* executable, void* stream) {
 API cuGraphExecDestroy(void* executable) {
     BEGIN
     delete static_cast<Graph*>(executable);
+    n_graphs--;
     return OK;
 }
 API cuGraphDestroy(void* graph) {
     BEGIN
     delete static_cast<Graph*>(graph);
+    n_graphs--;
     return OK;
 }
 
@@ -433,12 +463,14 @@ API cuModuleLoadData(void** module, const void* image) {
     unlink(path);
     if (!library) return INVALID_IMAGE;
     *module = new Module{library};
+    n_modules++;
     return OK;
 }
 API cuModuleUnload(void* module) {
     BEGIN
     dlclose(static_cast<Module*>(module)->library);
     delete static_cast<Module*>(module);
+    n_modules--;
     return OK;
 }
 API cuModuleGetFunction(void** function, void* module, const char* name) {
