@@ -73,12 +73,12 @@ fn it_is_what_it_is_called() {
 fn long_prompts_at_once() {
     for g in golden() {
         let model = load(&g.path, BackendKind::Cuda);
-        for cache_type in [CacheType::F32, CacheType::F16, CacheType::Bf16] {
+        for (cache_type, bound) in [(CacheType::F32, 3e-2), (CacheType::F16, 3e-2), (CacheType::Bf16, 5e-2)] {
             let options = SessionOptions { n_positions: g.tokens.len(), cache_type, ..Default::default() };
             let mut s = Session::new(model.clone(), &options).unwrap();
             s.prefill(0, &g.tokens).unwrap();
             let found = difference(s.logits(0).unwrap(), g.logits.last().unwrap());
-            assert!(found < 3e-2, "{} {cache_type:?}: {found:e}", g.name);
+            assert!(found < bound, "{} {cache_type:?}: {found:e}", g.name);
         }
     }
 }
@@ -144,7 +144,7 @@ fn tensor_cores_attend_as_the_reference() {
         let (g, folder) = (named(name), tempfile::tempdir().unwrap());
         let path = with_head_dim(&g, dim, folder.path());
         // Keys that two backends round may come out as neighbouring values.
-        for (cache_type, bound) in [(CacheType::F16, 2e-3), (CacheType::Q8_0, 2e-2)] {
+        for (cache_type, bound) in [(CacheType::F16, 2e-3), (CacheType::Bf16, 1.6e-2), (CacheType::Q8_0, 2e-2)] {
             let options = SessionOptions { n_positions: 256, max_rows: 60, cache_type, ..Default::default() };
             let new = |backend| Session::new(load(&path, backend), &options).unwrap();
             let (mut s, mut reference) = (new(BackendKind::Cuda), new(BackendKind::Reference));
@@ -174,7 +174,8 @@ fn company_and_pieces_change_no_bit() {
         let (g, at) = (named(name), folder.path().join(name));
         std::fs::create_dir(&at).unwrap();
         let path = with_head_dim(&g, 64, &at);
-        models.extend([(path.clone(), CacheType::F16), (path, CacheType::Q8_0), (g.path.clone(), CacheType::F32)]);
+        models.extend([CacheType::F16, CacheType::Bf16, CacheType::Q8_0].map(|t| (path.clone(), t)));
+        models.push((g.path, CacheType::F32));
     }
     models.push((demo_model(), CacheType::F16));
     for (path, cache_type) in models {
