@@ -145,7 +145,9 @@ fn states_that_cannot_be_copied() {
 fn a_long_state_is_the_same_everywhere() {
     let _turn = turn();
     let g = named("scale-seq-n4");
-    for (cache_type, n) in [(CacheType::F32, 2100), (CacheType::F16, 100), (CacheType::Q8_0, 100)] {
+    for (cache_type, n) in
+        [(CacheType::F32, 2100), (CacheType::F16, 100), (CacheType::Q8_0, 100), (CacheType::Bf16, 100)]
+    {
         let tokens: Vec<i32> = g.tokens.iter().copied().cycle().take(n).collect();
         let options = SessionOptions { n_positions: n, cache_type, ..Default::default() };
         let [mut cpu, mut cuda] = [BackendKind::Cpu, BackendKind::Cuda].map(|backend| {
