@@ -72,6 +72,10 @@ DEVICE u32 shuffle(u32 x, u32 lane) {
     return __shfl_sync(~0u, x, lane);
 }
 
+DEVICE float bits_float(u32 bits) {
+    return __uint_as_float(bits);
+}
+
 DEVICE u32 float_bits(float x) {
     return __float_as_uint(x);
 }
@@ -191,7 +195,6 @@ DEVICE u32 multiply_f16(u32 a, u32 b) {
     asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(product) : "r"(a), "r"(b));
     return product;
 }
-#endif
 
 DEVICE float warp_sum(float x) {
     for (u32 mask = 16; mask > 0; mask /= 2) x += shuffle_xor(x, mask);
@@ -201,3 +204,4 @@ DEVICE float warp_max(float x) {
     for (u32 mask = 16; mask > 0; mask /= 2) x = fmaxf(x, shuffle_xor(x, mask));
     return x;
 }
+#endif

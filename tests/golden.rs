@@ -5,7 +5,7 @@ mod common;
 
 use std::sync::Arc;
 
-use common::{Golden, argmax, difference, golden, load, on_cuda, rounding, under_every_variant};
+use common::{Golden, argmax, difference, golden, load, on_cuda, on_emulator, rounding, under_every_variant};
 use phd::model::{BackendKind, Model};
 use phd::schedule::Pruning;
 use phd::session::{CacheType, Session, SessionOptions};
@@ -50,8 +50,8 @@ fn each(test: impl Fn(&Golden, Arc<Model>, CacheType)) {
     each_model(|g, model| {
         let index = checkpoints.iter().position(|c| c.name == g.name).unwrap();
         for (i, cache_type) in CACHE_TYPES.into_iter().enumerate() {
-            // The emulator is slow: each checkpoint with one type, each type with a third of them.
-            if !on_cuda() || (index + i).is_multiple_of(CACHE_TYPES.len()) {
+            // On the emulator each checkpoint with one type, each type with a fourth of them.
+            if !on_emulator() || (index + i).is_multiple_of(CACHE_TYPES.len()) {
                 test(g, model.clone(), cache_type);
             }
         }

@@ -72,6 +72,11 @@ pub fn on_cuda() -> bool {
     std::env::var_os("PHD_TEST_CUDA").is_some()
 }
 
+/// Whether that is the emulator, which is slow: tests do as much less as their comments say.
+pub fn on_emulator() -> bool {
+    std::env::var_os("PHD_TEST_CUDA").is_some_and(|v| v == "emulated")
+}
+
 /// How far the logits of f32 caches may lie from the reference's: see [`difference`]. CUDA kernels split activations into two bf16
 /// parts, 16 bits of mantissa.
 pub fn rounding() -> f32 {

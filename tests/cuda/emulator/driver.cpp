@@ -4,11 +4,15 @@
 // as garbage and ends at a page that nobody may touch, what must not happen during a capture is refused, what is left when the context
 // is let go ends the process. Settings, read at each use:
 //   PHD_EMULATOR_DEVICES  0: there is none           PHD_EMULATOR_MEMORY  bytes of device memory (1 GiB)
-//   PHD_EMULATOR_FAIL     NAME:N, the N-th call of that function since this was set fails
+//   PHD_EMULATOR_FAIL     NAME:N, the N-th call of that function since this was set fails; NAME:N=CODE, with that CUresult
 //   PHD_EMULATOR_SEED     of the order of threads
 //   PHD_EMULATOR_VERSION  of the driver (13000)      PHD_EMULATOR_NO_OVERLAP  1: launches may not ask to overlap
+//   PHD_EMULATOR_ARCH     compute capability (90)
+#include "launch.h"
+
 #include <algorithm>
 #include <array>
+#include <condition_variable>
 #include <csetjmp>
 #include <csignal>
 #include <cstdint>
@@ -22,6 +26,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <set>
 #include <string>
 #include <sys/mman.h>
 #include <unistd.h>
@@ -33,8 +38,11 @@ namespace {
 
 // Of CUresult.
 constexpr int OK = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, NO_DEVICE = 100, INVALID_DEVICE = 101, INVALID_IMAGE = 200,
-              INVALID_CONTEXT = 201, NOT_FOUND = 500, ILLEGAL_ADDRESS = 700, LAUNCH_FAILED = 719, CAPTURE_UNSUPPORTED = 900,
-              NOT_SUPPORTED = 801, CAPTURE_INVALIDATED = 901, CAPTURE_WRONG_THREAD = 908, UNKNOWN = 999;
+              INVALID_CONTEXT = 201, NO_BINARY_FOR_GPU = 209, INVALID_PTX = 218, INVALID_HANDLE = 400, NOT_FOUND = 500,
+              ILLEGAL_ADDRESS = 700, LAUNCH_FAILED = 719, NOT_SUPPORTED = 801, CAPTURE_UNSUPPORTED = 900,
+              CAPTURE_INVALIDATED = 901, CAPTURE_WRONG_THREAD = 908, UNKNOWN = 999;
+
+constexpr int THREAD_LOCAL = 1; // of CUstreamCaptureMode
 
 // Shared memory that a block may have, static and dynamic: any kernel, and one that has asked for more.
 constexpr int MAX_UNASKED = 48 << 10, MAX_SHARED = 227 << 10;
@@ -48,6 +56,7 @@ struct Graph {
 
 struct Stream {
     std::deque<Work> work;
+    bool is_busy = false; // some thread does its work
     std::shared_ptr<Graph> capture;
 };
 
@@ -67,12 +76,16 @@ struct Function {
     int max_dynamic = MAX_UNASKED;
 };
 
+// Held by every call once, but not while a kernel runs; work that is no kernel may ask what allocations there are.
 std::recursive_mutex lock;
+std::condition_variable_any changed; // a stream or a worker became free
 std::map<uint64_t, std::pair<size_t, size_t>> allocations; // address: (bytes, bytes before it in its mapping)
 size_t used = 0;
 Stream default_stream; // of whoever names none: fills of memory
 // What there is of each kind, which must be gone when the device's context is let go.
-long n_retained = 0, n_host = 0, n_streams = 0, n_events = 0, n_graphs = 0, n_modules = 0;
+long n_retained = 0, n_host = 0, n_events = 0, n_graphs = 0;
+std::set<Module*> modules;
+std::set<Stream*> streams;
 int broken = OK; // after a failed kernel the context is of no more use
 thread_local std::vector<void*> contexts;
 thread_local Stream* capturing = nullptr;
@@ -83,8 +96,12 @@ size_t setting(const char* name, size_t otherwise) {
     return value ? strtoull(value, nullptr, 10) : otherwise;
 }
 
-// Whether this call of `name` is the one that is to fail.
-bool is_to_fail(const char* name) {
+int arch() {
+    return setting("PHD_EMULATOR_ARCH", 90);
+}
+
+// The error that this call of `name` is to return, or OK.
+int wanted_error(const char* name) {
     static std::map<std::string, size_t> calls; // since `wanted` was set
     static std::string wanted;
     const char* set = getenv("PHD_EMULATOR_FAIL");
@@ -92,12 +109,14 @@ bool is_to_fail(const char* name) {
         wanted = set ? set : "";
         calls.clear();
     }
-    return wanted == name + (":" + std::to_string(++calls[name]));
+    const std::string call = name + (":" + std::to_string(++calls[name]));
+    if (wanted == call) return UNKNOWN;
+    return wanted.rfind(call + "=", 0) == 0 ? atoi(wanted.c_str() + call.size() + 1) : OK;
 }
 
 #define BEGIN                                            \
     std::lock_guard<std::recursive_mutex> guard(lock);   \
-    if (is_to_fail(__func__)) return UNKNOWN;
+    if (const int error = wanted_error(__func__)) return error;
 #define BEGIN_IN_CONTEXT                                 \
     BEGIN                                                \
     if (contexts.empty()) return INVALID_CONTEXT;        \
@@ -111,7 +130,7 @@ bool is_to_fail(const char* name) {
 
 int queue(void* stream, Work work) {
     Stream* s = static_cast<Stream*>(stream);
-    if (!s) return INVALID_VALUE; // the default stream is not used
+    if (!s) return INVALID_VALUE; // nobody queues on the default stream; it clears memory
     if (s->capture) {
         s->capture->work.push_back(std::move(work));
     } else {
@@ -120,14 +139,24 @@ int queue(void* stream, Work work) {
     return OK;
 }
 
-// Does a stream's work until `is_enough`.
+// Does a stream's work until `is_enough`, or waits for who is at it.
 int drain(Stream* s, const std::function<bool()>& is_enough) {
-    while (!s->work.empty() && !is_enough()) {
+    for (;;) {
+        changed.wait(lock, [&] { return !s->is_busy; });
+        if (s->work.empty() || is_enough()) return broken;
         Work work = std::move(s->work.front());
         s->work.pop_front();
-        if (int e = broken ? broken : work()) return broken = e;
+        s->is_busy = true;
+        const int error = broken ? broken : work();
+        s->is_busy = false;
+        changed.notify_all();
+        if (error) return broken = error;
     }
-    return broken;
+}
+
+// Whether an event's stream, which is gone after a failure perhaps, has yet to come to it.
+bool is_pending(const Event* e) {
+    return !broken && streams.count(e->stream) && e->passed < e->recorded;
 }
 
 bool is_within(uint64_t address, size_t bytes) {
@@ -148,45 +177,60 @@ int queue_copy(void* stream, uint64_t device, size_t bytes, void* to, const void
 }
 
 // A kernel that touches a guard page comes back here.
-sigjmp_buf back;
-void on_fault(int) {
-    siglongjmp(back, 1);
+thread_local bool is_in_kernel = false;
+thread_local sigjmp_buf back;
+struct sigaction old_actions[2]; // of SIGSEGV, SIGBUS
+void on_fault(int signal) {
+    if (is_in_kernel) siglongjmp(back, 1);
+    sigaction(signal, &old_actions[signal == SIGBUS], nullptr); // somebody else's: it happens again when this returns
 }
 
-int run_kernel(Function* f, const uint32_t grid[3], uint32_t threads, uint32_t dynamic, void* parameters) {
-    using Launch = const char* (*)(void (*)(void**), const uint32_t*, uint32_t, size_t, void**, uint64_t, size_t);
-    Launch launch = reinterpret_cast<Launch>(dlsym(f->module->library, "emulator_launch"));
+int run_kernel(Function* f, const uint32_t* grid, uint32_t threads, uint32_t dynamic, void* parameters) {
     static uint64_t seed = setting("PHD_EMULATOR_SEED", 1);
-    // Fibers' stacks are small; the handler has its own.
-    static std::vector<char> handler_stack(64 << 10);
-    stack_t stack = {}, old_stack;
-    stack.ss_sp = handler_stack.data();
-    stack.ss_size = handler_stack.size();
-    struct sigaction action = {}, old_segv, old_bus;
-    action.sa_handler = on_fault;
-    action.sa_flags = SA_ONSTACK;
-    sigaltstack(&stack, &old_stack);
-    sigaction(SIGSEGV, &action, &old_segv);
-    sigaction(SIGBUS, &action, &old_bus);
+    static bool is_used[MAX_WORKERS];
+    static char handler_stacks[MAX_WORKERS][64 << 10]; // fibers' stacks are small; the handler has its own
+    static const bool is_installed = [] {
+        struct sigaction action = {};
+        action.sa_handler = on_fault;
+        action.sa_flags = SA_ONSTACK;
+        sigaction(SIGSEGV, &action, &old_actions[0]);
+        sigaction(SIGBUS, &action, &old_actions[1]);
+        return true;
+    }();
+    (void)is_installed;
+    auto run = reinterpret_cast<const char* (*)(const Launch*, uint32_t)>(dlsym(f->module->library, "emulator_run"));
     void* arguments[] = {parameters};
-    int status = OK;
-    const char* error = nullptr;
-    if (sigsetjmp(back, 1) == 0) {
-        const size_t limit = f->max_dynamic > MAX_UNASKED ? MAX_SHARED : MAX_UNASKED;
-        error = launch(f->body, grid, threads, dynamic, arguments, seed++, limit);
-    } else {
-        status = ILLEGAL_ADDRESS;
-    }
-    sigaction(SIGSEGV, &old_segv, nullptr);
-    sigaction(SIGBUS, &old_bus, nullptr);
-    sigaltstack(&old_stack, nullptr);
-    if (error || status) {
-        Dl_info info;
-        const char* name = dladdr(reinterpret_cast<void*>(f->body), &info) && info.dli_sname ? info.dli_sname : "a kernel";
-        fprintf(stderr, "emulator: %s: %s\n", name, error ? error : "touches memory that is not its own");
-        return status ? status : LAUNCH_FAILED;
-    }
-    return OK;
+    Launch launch;
+    launch.body = f->body;
+    launch.arguments = arguments;
+    std::copy_n(grid, 3, launch.grid);
+    launch.n_threads = threads;
+    launch.dynamic_bytes = dynamic;
+    launch.shared_limit = f->max_dynamic > MAX_UNASKED ? MAX_SHARED : MAX_UNASKED;
+    launch.seed = seed++;
+    const auto is_free = [&] { return std::find(is_used, is_used + MAX_WORKERS, false) != is_used + MAX_WORKERS; };
+    changed.wait(lock, is_free);
+    const uint32_t worker = std::find(is_used, is_used + MAX_WORKERS, false) - is_used;
+    is_used[worker] = true;
+    lock.unlock(); // other streams work at the same time
+    stack_t stack = {}, old;
+    stack.ss_sp = handler_stacks[worker];
+    stack.ss_size = sizeof handler_stacks[worker];
+    sigaltstack(&stack, &old);
+    static const char fault[] = "touches memory that is not its own";
+    const char* error = fault;
+    is_in_kernel = true;
+    if (sigsetjmp(back, 1) == 0) error = run(&launch, worker);
+    is_in_kernel = false;
+    sigaltstack(&old, nullptr);
+    lock.lock();
+    is_used[worker] = false;
+    changed.notify_all();
+    if (!error) return OK;
+    Dl_info info;
+    const char* name = dladdr(reinterpret_cast<void*>(f->body), &info) && info.dli_sname ? info.dli_sname : "a kernel";
+    fprintf(stderr, "emulator: %s: %s\n", name, error);
+    return error == fault ? ILLEGAL_ADDRESS : LAUNCH_FAILED;
 }
 
 size_t page() {
@@ -194,6 +238,23 @@ size_t page() {
 }
 
 } // namespace
+
+#define HOOK extern "C" __attribute__((visibility("default")))
+HOOK int emulator_queue(void* stream, const std::function<int()>* work) {
+    std::lock_guard<std::recursive_mutex> guard(lock);
+    return broken ? broken : queue(stream, *work);
+}
+HOOK bool emulator_owns(const void* address, size_t bytes) {
+    std::lock_guard<std::recursive_mutex> guard(lock);
+    return is_within(reinterpret_cast<uint64_t>(address), bytes);
+}
+HOOK bool emulator_has_context() {
+    return !contexts.empty();
+}
+HOOK bool emulator_is_to_fail(const char* function) {
+    std::lock_guard<std::recursive_mutex> guard(lock);
+    return wanted_error(function) != OK;
+}
 
 // ---------------------------------------------------------------- devices, contexts
 
@@ -224,10 +285,10 @@ API cuDeviceGetName(char* name, int length, int) {
 API cuDeviceGetAttribute(int* value, int attribute, int) {
     BEGIN
     switch (attribute) {
-        case 16: *value = 4; return OK;          // multiprocessors
-        case 75: *value = 9; return OK;          // compute capability, major
-        case 76: *value = 0; return OK;          // and minor
-        case 97: *value = MAX_SHARED; return OK; // shared memory of a block that asks for it
+        case 16: *value = 4; return OK;           // multiprocessors
+        case 75: *value = arch() / 10; return OK; // compute capability, major
+        case 76: *value = arch() % 10; return OK; // and minor
+        case 97: *value = MAX_SHARED; return OK;  // shared memory of a block that asks for it
         default: return INVALID_VALUE;
     }
 }
@@ -240,9 +301,9 @@ API cuDevicePrimaryCtxRetain(void** context, int) {
 API cuDevicePrimaryCtxRelease_v2(int) {
     BEGIN
     if (--n_retained) return OK;
-    if (!allocations.empty() || n_host || n_streams || n_events || n_graphs || n_modules) {
-        fprintf(stderr, "emulator: left behind: %zu allocations, %ld of the host, %ld streams, %ld events, %ld graphs, %ld modules\n",
-                allocations.size(), n_host, n_streams, n_events, n_graphs, n_modules);
+    if (!allocations.empty() || n_host || !streams.empty() || n_events || n_graphs || !modules.empty()) {
+        fprintf(stderr, "emulator: left behind: %zu allocations, %ld of the host, %zu streams, %ld events, %ld graphs, %zu modules\n",
+                allocations.size(), n_host, streams.size(), n_events, n_graphs, modules.size());
         abort();
     }
     return OK;
@@ -350,16 +411,15 @@ API cuMemcpyDtoDAsync_v2(uint64_t to, uint64_t from, size_t bytes, void* stream)
 API cuStreamCreate(void** stream, unsigned) {
     BEGIN_IN_CONTEXT
     NOT_WHILE_CAPTURING
-    *stream = new Stream;
-    n_streams++;
+    *stream = *streams.insert(new Stream).first;
     return OK;
 }
 API cuStreamDestroy_v2(void* stream) {
     BEGIN
     drain(static_cast<Stream*>(stream), [] { return false; });
     if (capturing == stream) capturing = nullptr;
+    streams.erase(static_cast<Stream*>(stream));
     delete static_cast<Stream*>(stream);
-    n_streams--;
     return OK;
 }
 API cuStreamSynchronize(void* stream) {
@@ -370,9 +430,11 @@ API cuStreamSynchronize(void* stream) {
     drain(&default_stream, [] { return false; });
     return status;
 }
-API cuStreamBeginCapture_v2(void* stream, int) {
+API cuStreamBeginCapture_v2(void* stream, int mode) {
     BEGIN_IN_CONTEXT
     Stream* s = static_cast<Stream*>(stream);
+    // Other modes would let other threads' calls spoil the capture.
+    if (mode != THREAD_LOCAL) return INVALID_VALUE;
     if (s->capture || capturing) return INVALID_VALUE;
     s->capture = std::make_shared<Graph>();
     capturing = s;
@@ -409,12 +471,12 @@ API cuEventSynchronize(void* event) {
     BEGIN_IN_CONTEXT
     NOT_WHILE_CAPTURING
     Event* e = static_cast<Event*>(event);
-    return e->stream ? drain(e->stream, [=] { return e->passed >= e->recorded; }) : OK;
+    return is_pending(e) ? drain(e->stream, [=] { return !is_pending(e); }) : OK;
 }
 API cuEventDestroy_v2(void* event) {
     BEGIN
     Event* e = static_cast<Event*>(event);
-    if (e->stream && e->passed < e->recorded) drain(e->stream, [=] { return e->passed >= e->recorded; });
+    if (is_pending(e)) drain(e->stream, [=] { return !is_pending(e); });
     delete e;
     n_events--;
     return OK;
@@ -445,32 +507,51 @@ API cuGraphDestroy(void* graph) {
 
 // ---------------------------------------------------------------- modules, kernels
 
-// An image is what nvrtc.cpp returns: a shared library's bytes, after their number.
+// An image is what nvrtc.cpp returns: "EMULATED sm_ARCH" and a shared library's bytes after their number; or, with compute_ARCH, its
+// bytes in hexadecimal, ended by a zero. What was loaded once stays.
 API cuModuleLoadData(void** module, const void* image) {
     BEGIN_IN_CONTEXT
     NOT_WHILE_CAPTURING
-    const char* bytes = static_cast<const char*>(image);
-    if (memcmp(bytes, "EMULATED", 8)) return INVALID_IMAGE;
-    uint64_t n;
-    memcpy(&n, bytes + 8, 8);
-    char path[] = "/tmp/phd-emulator-XXXXXX";
-    const int file = mkstemp(path);
-    if (file < 0) return UNKNOWN;
-    const bool is_written = write(file, bytes + 16, n) == static_cast<ssize_t>(n);
-    close(file);
-    void* library = is_written ? dlopen(path, RTLD_NOW | RTLD_LOCAL) : nullptr;
-    if (!library) fprintf(stderr, "emulator: %s\n", dlerror());
-    unlink(path);
-    if (!library) return INVALID_IMAGE;
+    static std::map<std::string, void*> libraries;
+    const char* text = static_cast<const char*>(image);
+    const int major = arch() / 10, minor = arch() % 10;
+    char kind[8];
+    int of;
+    if (sscanf(text, "EMULATED %7[a-z]_%d", kind, &of) != 2) return INVALID_IMAGE;
+    const char* from = strchr(text, '\n') + 1;
+    std::string bytes;
+    if (!strcmp(kind, "sm")) {
+        // Code for a GPU runs on those of its generation that are not older.
+        if (of / 10 != major || of % 10 > minor) return NO_BINARY_FOR_GPU;
+        uint64_t n;
+        memcpy(&n, from, 8);
+        bytes.assign(from + 8, n);
+    } else {
+        if (of > arch()) return NO_BINARY_FOR_GPU;
+        const auto digit = [](char c) { return c <= '9' ? c - '0' : c - 'a' + 10; };
+        for (; from[0] && from[1]; from += 2) bytes += static_cast<char>(digit(from[0]) * 16 + digit(from[1]));
+        if (*from) return INVALID_PTX;
+    }
+    void*& library = libraries[bytes];
+    if (!library) {
+        char path[] = "/tmp/phd-emulator-XXXXXX";
+        const int file = mkstemp(path);
+        if (file < 0) return UNKNOWN;
+        const bool is_written = write(file, bytes.data(), bytes.size()) == static_cast<ssize_t>(bytes.size());
+        close(file);
+        library = is_written ? dlopen(path, RTLD_NOW | RTLD_LOCAL) : nullptr;
+        if (!library) fprintf(stderr, "emulator: %s\n", dlerror());
+        unlink(path);
+        if (!library) return INVALID_IMAGE;
+    }
     *module = new Module{library};
-    n_modules++;
+    modules.insert(static_cast<Module*>(*module));
     return OK;
 }
 API cuModuleUnload(void* module) {
     BEGIN
-    dlclose(static_cast<Module*>(module)->library);
+    if (!modules.erase(static_cast<Module*>(module))) return INVALID_HANDLE;
     delete static_cast<Module*>(module);
-    n_modules--;
     return OK;
 }
 API cuModuleGetFunction(void** function, void* module, const char* name) {
@@ -494,17 +575,18 @@ struct Attribute {
     char padding[4];
     int value[16];
 };
-struct Launch {
+struct LaunchConfig {
     unsigned x, y, z, threads, threads_y, threads_z, dynamic;
     void* stream;
     const Attribute* attributes;
     unsigned n_attributes;
 };
-API cuLaunchKernelEx(const Launch* launch, void* function, void** arguments, void** extra) {
+API cuLaunchKernelEx(const LaunchConfig* config, void* function, void** arguments, void** extra) {
     BEGIN_IN_CONTEXT
-    const auto [x, y, z, threads, threads_y, threads_z, dynamic, stream, attributes, n_attributes] = *launch;
+    const auto [x, y, z, threads, threads_y, threads_z, dynamic, stream, attributes, n_attributes] = *config;
     Function* f = static_cast<Function*>(function);
     const bool is_grid = x && y && z && y < 65536 && z < 65536 && threads_y == 1 && threads_z == 1 && !extra;
+    if (!modules.count(f->module)) return INVALID_HANDLE;
     if (!is_grid || threads > f->facts[0] || dynamic > static_cast<unsigned>(f->max_dynamic)) return INVALID_VALUE;
     if (n_attributes > 1 || (n_attributes && (attributes->id != 6 || attributes->value[0] != 1))) return INVALID_VALUE;
     if (n_attributes && setting("PHD_EMULATOR_NO_OVERLAP", 0)) return NOT_SUPPORTED;
@@ -512,6 +594,7 @@ API cuLaunchKernelEx(const Launch* launch, void* function, void** arguments, voi
     const uint64_t* from = static_cast<const uint64_t*>(arguments[0]);
     auto parameters = std::make_shared<std::vector<uint64_t>>(from, from + f->facts[1] / 8);
     return queue(stream, [=, grid = std::array<uint32_t, 3>{x, y, z}, threads = threads, dynamic = dynamic] {
+        if (!modules.count(f->module)) return INVALID_HANDLE;
         return run_kernel(f, grid.data(), threads, dynamic, parameters->data());
     });
 }
@@ -527,6 +610,9 @@ API cuGetErrorName(int error, const char** name) {
         {INVALID_DEVICE, "CUDA_ERROR_INVALID_DEVICE"},
         {INVALID_IMAGE, "CUDA_ERROR_INVALID_IMAGE"},
         {INVALID_CONTEXT, "CUDA_ERROR_INVALID_CONTEXT"},
+        {NO_BINARY_FOR_GPU, "CUDA_ERROR_NO_BINARY_FOR_GPU"},
+        {INVALID_PTX, "CUDA_ERROR_INVALID_PTX"},
+        {INVALID_HANDLE, "CUDA_ERROR_INVALID_HANDLE"},
         {NOT_FOUND, "CUDA_ERROR_NOT_FOUND"},
         {ILLEGAL_ADDRESS, "CUDA_ERROR_ILLEGAL_ADDRESS"},
         {LAUNCH_FAILED, "CUDA_ERROR_LAUNCH_FAILED"},

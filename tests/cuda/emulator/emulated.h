@@ -1,9 +1,8 @@
-// CUDA on the CPU: what kernels/device.cuh offers, for sources compiled by a C++ compiler with this file before them.
+// CUDA on the CPU: what kernels/device.cuh offers, for sources compiled by a C++ compiler with launch.h and this file before them.
 //
-// A thread is a fiber, a block's fibers take turns in a random order, blocks run one after another. Barriers, shuffles and tensor-core
-// instructions wait for everyone who takes part. Shared memory begins as garbage, asynchronous copies arrive when they are waited for.
-// Shared memory and stacks end at pages that nobody may touch.
-#pragma once
+// A thread is a fiber. A warp's fibers take turns in an order that changes all the time, warps take turns at random, blocks run
+// one after another. Barriers, shuffles and tensor-core instructions wait for everyone who takes part. Shared memory begins as
+// garbage, asynchronous copies arrive when they are waited for. Shared memory and stacks end at pages that nobody may touch.
 #define PHD_EMULATED
 
 #include <algorithm>
@@ -11,6 +10,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <immintrin.h>
 #include <sys/mman.h>
 #include <vector>
 
@@ -30,10 +30,10 @@ struct Index {
     u32 x, y, z;
 };
 
-// Of each library of kernels; GCC would share what is merely inline among all libraries of a process.
-#define EMULATOR_GLOBAL inline __attribute__((visibility("hidden")))
+// A fiber stays on the host's thread on which it began.
+#define EMULATOR_OF_THREAD static thread_local __attribute__((tls_model("initial-exec")))
 
-EMULATOR_GLOBAL Index threadIdx, blockIdx, blockDim, gridDim;
+EMULATOR_OF_THREAD Index threadIdx, blockIdx, blockDim, gridDim;
 
 namespace emulator {
 
@@ -42,32 +42,30 @@ namespace emulator {
 constexpr size_t STACK = 64 << 10, PAGE = 4096;
 constexpr size_t MAX_SHARED = 227 << 10; // bytes of a block, as on sm_90
 constexpr size_t SHARED_PAGES = (MAX_SHARED + PAGE - 1) / PAGE * PAGE;
-constexpr u32 MAX_THREADS = 1024;
+constexpr size_t MAX_ARRAY = 48 << 10; // of static shared memory
+constexpr u32 MAX_THREADS = 1024, MAX_ARRAYS = 8;
 
 #ifdef __x86_64__
-// Saves the callee-saved registers and the stack's place, and goes on where `to` was left: by a jump, since CPUs predict that a
-// return goes to its own call.
-extern "C" void emulator_switch(void** from, void* to);
-asm(R"(.text
-.weak emulator_switch
-emulator_switch:
-    pushq %rbp
-    pushq %rbx
-    pushq %r12
-    pushq %r13
-    pushq %r14
-    pushq %r15
-    movq %rsp, (%rdi)
-    movq %rsi, %rsp
-    popq %r15
-    popq %r14
-    popq %r13
-    popq %r12
-    popq %rbx
-    popq %rbp
-    popq %rcx
-    jmp *%rcx
-)");
+#define EMULATOR_INLINE inline __attribute__((always_inline))
+// Notes the stack's place and where to go on, and goes on where `to` was left. The compiler saves what it needs of the registers. Not a
+// call that returns elsewhere: CPUs predict that a return goes to its own call. No red zone: see nvrtc.cpp.
+EMULATOR_INLINE void switch_stack(void** from, void* to) {
+    asm volatile(R"(
+        leaq 1f(%%rip), %%rax
+        pushq %%rbp
+        pushq %%rax
+        movq %%rsp, (%%rdi)
+        movq %%rsi, %%rsp
+        popq %%rcx
+        jmpq *%%rcx
+     1: popq %%rbp
+    )"
+                 : "+D"(from), "+S"(to)
+                 :
+                 : "rax", "rbx", "rcx", "rdx", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15", "xmm0", "xmm1", "xmm2", "xmm3",
+                   "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", "xmm11", "xmm12", "xmm13", "xmm14", "xmm15", "memory",
+                   "cc");
+}
 #else
 #error "the emulator's fibers are written for x86-64"
 #endif
@@ -78,21 +76,21 @@ struct Copy {
     u32 group;
 };
 
-struct Barrier {
-    u32 waiting;
-    u64 round;
-    const char* what; // the instruction that they wait in
-};
+// Lanes have places in the warp's order: the one at place i is first + i * step, modulo 32.
+struct alignas(64) Warp {
+    u32 waiting, blocked, done; // by place: in an instruction of the warp, in one of the block, at their end
+    u32 base, first, step;      // `base` is the first thread's number
+    u32 round;                  // instructions of the warp that are through
+    const char* what;           // the instruction that `waiting` wait in
+    // What lanes bring to an instruction. Lanes that are through look at it while others are at the next one: there are two, in turn.
+    u32 operands[2][32];
+    const u8* addresses[2][32];
+    // Of products: operands by row, column, and what comes of them. By the time of the next product all have taken their results.
+    alignas(32) u16 a[16][16], b[16][8]; // (row, k), (k, column)
+    alignas(32) float product[16][8];
 
-struct Fiber {
-    void* place;
-    u8* stack;
-    bool is_done, has_waited;
-    const Barrier* waits_for; // to go on to another round than this
-    u64 round;
-    u32 turn;  // of its next instruction of the whole warp
-    u32 group; // of its next asynchronous copy
-    std::vector<Copy> copies;
+    u32 runnable() const { return ~(waiting | blocked | done); }
+    u32 thread(u32 place) const { return base + (first + place * step) % 32; }
 };
 
 // Memory between pages that nobody may touch.
@@ -101,81 +99,151 @@ inline u8* guarded(size_t bytes) {
     if (memory == MAP_FAILED || mprotect(memory + PAGE, bytes, PROT_READ | PROT_WRITE)) abort();
     return memory + PAGE;
 }
-inline void free_guarded(u8* memory, size_t bytes) {
-    if (memory) munmap(memory - PAGE, PAGE + bytes + PAGE);
-}
 
-struct Machine {
-    // When a library of kernels is unloaded.
-    ~Machine() {
-        for (Fiber& fiber : fibers) free_guarded(fiber.stack, STACK);
-        free_guarded(shared, SHARED_PAGES);
-    }
-
-    Fiber fibers[MAX_THREADS];
-    void* scheduler;
-    u32 n_threads, n_done, current;
-    Barrier block, warps[MAX_THREADS / 32];
-    // What threads bring to an instruction of their warp, and what comes of it. A thread may be one instruction ahead of another, so
-    // there are two of each, in turn.
-    u32 operands[2][MAX_THREADS][6];
-    const u8* addresses[2][MAX_THREADS];
-    float products[2][MAX_THREADS / 32][16][8];
-    u8 *shared, *dynamic_shared;       // all there is; its end, as much as the launch asks for
-    size_t shared_bytes, shared_limit; // of the block, static arrays included
-    std::vector<void*> arrays;         // static ones that the block has met
-    u64 random;
-    const char* error; // of a thread, which then goes no further
-    void (*body)(void**);
-    void** arguments;
+struct Array {
+    const void* name;
+    u8* memory; // of MAX_ARRAY bytes
+    size_t bytes;
 };
 
-EMULATOR_GLOBAL Machine machine = {};
+struct Machine {
+    // Of each thread: where it goes on, or null if it has not begun; its stack then; asynchronous copies that have not arrived.
+    void* places[MAX_THREADS];
+    u8* stacks[MAX_THREADS];
+    std::vector<Copy> copies[MAX_THREADS];
+    u32 groups[MAX_THREADS]; // of its next asynchronous copy
+    bool has_copies;         // anybody
+    bool has_waited[MAX_THREADS]; // for the kernel before
+    // Those that nobody has, the last one the most recently used; made when they are first needed.
+    u8* free_stacks[MAX_THREADS];
+    u32 n_free, n_stacks;
+    Warp warps[MAX_THREADS / 32];
+    void* scheduler;
+    Warp* warp; // of the running thread
+    u32 place;  // of the running thread in it
+    u32 n_threads, n_done, n_blocked;
+    u8 *shared, *dynamic_shared; // all there is; its end, as much as the launch asks for
+    Array arrays[MAX_ARRAYS];    // static ones that the block has met
+    u32 n_arrays;
+    size_t shared_bytes, shared_limit; // of the block, static arrays included
+    u64 random;
+    const char* error; // of a thread, which then goes no further
+    const Launch* launch;
+};
+
+static Machine machines[MAX_WORKERS];
+EMULATOR_OF_THREAD Machine* machine;
 
 inline u32 random_number() {
-    machine.random = machine.random * 6364136223846793005ull + 1442695040888963407ull;
-    return machine.random >> 33;
+    machine->random = machine->random * 6364136223846793005ull + 1442695040888963407ull;
+    return machine->random >> 33;
 }
 
-inline void pause_fiber() {
-    emulator_switch(&machine.fibers[machine.current].place, machine.scheduler);
+void run_fiber();
+
+// Lets a stack begin.
+inline __attribute__((noinline)) void* begin_fiber(u32 thread) {
+    Machine& m = *machine;
+    if (!m.n_free) {
+        // At different places of their pages, for the sake of the caches.
+        m.free_stacks[m.n_free++] = guarded(STACK) + STACK - m.n_stacks++ % 12 * 320;
+    }
+    u8* stack = m.stacks[thread] = m.free_stacks[--m.n_free];
+    void** top = (void**)stack - 2;
+    top[1] = nullptr; // run_fiber has nowhere to return to
+    top[0] = (void*)run_fiber;
+    return top;
+}
+
+// To a thread of the warp, from where `from` is to note the place of what runs now.
+EMULATOR_INLINE void switch_to(void** from, const Warp& warp, u32 place) {
+    Machine& m = *machine;
+    m.place = place;
+    const u32 thread = threadIdx.x = warp.thread(place);
+    void* to = m.places[thread];
+    switch_stack(from, to ? to : begin_fiber(thread));
+}
+
+EMULATOR_INLINE void to_scheduler() {
+    switch_stack(&machine->places[threadIdx.x], machine->scheduler);
+}
+
+// The next of the warp, from a place on, that can go on.
+EMULATOR_INLINE u32 next_place(const Warp& warp, u32 from) {
+    const u32 runnable = warp.runnable();
+    return (from + __builtin_ctz(runnable >> from | (runnable << (31 - from) << 1))) % 32;
+}
+
+// Lets others run.
+EMULATOR_INLINE void pause_fiber() {
+    Machine& m = *machine;
+    const Warp& warp = *m.warp;
+    if (!warp.runnable()) return to_scheduler();
+    switch_to(&m.places[threadIdx.x], warp, next_place(warp, m.place));
 }
 
 // Ends the launch.
-inline void fail(const char* error) {
-    machine.error = error;
-    for (;;) pause_fiber();
+inline __attribute__((noinline, cold)) void fail(const char* error) {
+    machine->error = error;
+    for (;;) to_scheduler();
 }
 
 inline void run_fiber() {
-    machine.body(machine.arguments);
-    if (!machine.fibers[machine.current].has_waited) fail("a thread ends that has not waited for the kernel before");
-    machine.fibers[machine.current].is_done = true;
-    machine.n_done++;
-    for (;;) pause_fiber();
+    machine->launch->body(machine->launch->arguments);
+    Machine& m = *machine;
+    if (!m.has_waited[threadIdx.x]) fail("a thread ends that has not waited for the kernel before");
+    m.warp->done |= 1u << m.place;
+    m.n_done++;
+    // Whoever begins next may have the stack: what is on it is not needed any more.
+    m.free_stacks[m.n_free++] = m.stacks[threadIdx.x];
+    pause_fiber();
 }
 
-// The last one to arrive does `work` for all.
+inline void reorder(Warp& warp) {
+    const u32 x = random_number();
+    warp.first = x % 32;
+    warp.step = x / 32 % 16 * 2 + 1;
+}
+
+// An instruction of the whole warp: the last one to arrive does `work` for all, and goes on at once.
 template <class Work>
-void wait(const char* what, Barrier& barrier, u32 n, Work work) {
-    if (barrier.waiting && barrier.what != what) fail("threads of a warp wait for each other in different instructions");
-    barrier.what = what;
-    Fiber& fiber = machine.fibers[machine.current];
-    fiber.waits_for = &barrier;
-    fiber.round = barrier.round;
-    if (++barrier.waiting == n) {
-        work();
-        barrier.waiting = 0;
-        barrier.round++;
+EMULATOR_INLINE void wait_for_warp(const char* what, Work work) {
+    Machine& m = *machine;
+    Warp& warp = *m.warp;
+    if (warp.waiting && warp.what != what) fail("threads of a warp wait for each other in different instructions");
+    warp.what = what;
+    const u32 bit = 1u << m.place;
+    if ((warp.waiting | bit) != ~0u) {
+        warp.waiting |= bit;
+        return pause_fiber();
     }
-    pause_fiber();
+    work();
+    warp.waiting = 0;
+    warp.round++;
+    // Now and then another warp comes before, and this one's lanes take another order.
+    if (random_number() % 32 == 0) {
+        reorder(warp);
+        to_scheduler();
+    }
+}
+
+EMULATOR_INLINE void wait_for_block() {
+    Machine& m = *machine;
+    m.warp->blocked |= 1u << m.place;
+    if (++m.n_blocked < m.n_threads) return pause_fiber();
+    m.n_blocked = 0;
+    for (u32 i = 0; i < m.n_threads / 32; i++) {
+        m.warps[i].blocked = 0;
+        reorder(m.warps[i]);
+    }
+    to_scheduler();
 }
 
 } // namespace emulator
 
 // ---------------------------------------------------------------- device.cuh's names
 
-#define DEVICE static inline
+#define DEVICE static EMULATOR_INLINE
 #define KERNEL(name, Params, threads) EMULATED_KERNEL(name, Params, threads, wait_for_previous())
 #define FIRST_OF(first, ...) first
 #define KERNEL_THAT_WAITS(name, Params, ...) EMULATED_KERNEL(name, Params, (FIRST_OF(__VA_ARGS__, 0)), (void)0)
@@ -188,41 +256,49 @@ void wait(const char* what, Barrier& barrier, u32 n, Work work) {
     extern "C" const u32 name##_facts[2];                                                          \
     const u32 name##_facts[2] = {threads, sizeof(Params)};                                         \
     static void name##_body(const Params& p)
-#define SHARED(type, name, count)                \
-    alignas(16) static type name##_array[count]; \
-    emulator::meet_shared(name##_array, sizeof name##_array); \
-    type* const name = name##_array
-#define DYNAMIC_SHARED(type, name) type* name = (type*)emulator::machine.dynamic_shared
+#define SHARED(type, name, count)      \
+    static const char name##_is_here = 0; \
+    type* const name = (type*)emulator::shared_array(&name##_is_here, sizeof(type) * (count))
+#define DYNAMIC_SHARED(type, name) type* name = (type*)emulator::machine->dynamic_shared
 
 namespace emulator {
-// The first thread of a block to come by fills a static array with garbage.
-inline void meet_shared(void* array, size_t bytes) {
-    for (void* known : machine.arrays) {
-        if (known == array) return;
+// The first thread of a block to come by makes a static array, of garbage; its end is the end of a page.
+inline u8* shared_array(const void* name, size_t bytes) {
+    Machine& m = *machine;
+    bytes = (bytes + 15) / 16 * 16;
+    u32 i = 0;
+    while (i < m.n_arrays && m.arrays[i].name != name) i++;
+    if (i == m.n_arrays) {
+        m.shared_bytes += bytes;
+        if (i == MAX_ARRAYS || bytes > MAX_ARRAY || m.shared_bytes > m.shared_limit) {
+            fail("static and dynamic shared memory exceed what the kernel may have");
+        }
+        if (!m.arrays[i].memory) m.arrays[i].memory = guarded(MAX_ARRAY);
+        m.arrays[i].name = name;
+        m.n_arrays++;
+        memset(m.arrays[i].memory + MAX_ARRAY - bytes, 0xff, bytes);
     }
-    machine.arrays.push_back(array);
-    machine.shared_bytes += (bytes + 15) / 16 * 16;
-    if (machine.shared_bytes > machine.shared_limit) fail("static and dynamic shared memory exceed what the kernel may have");
-    memset(array, 0xff, bytes);
+    return m.arrays[i].memory + MAX_ARRAY - bytes;
 }
 } // namespace emulator
 
 DEVICE void wait_for_previous() {
-    emulator::machine.fibers[emulator::machine.current].has_waited = true;
+    emulator::machine->has_waited[threadIdx.x] = true;
 }
 
 DEVICE void sync_block() {
-    emulator::wait("sync_block", emulator::machine.block, emulator::machine.n_threads, [] {});
+    emulator::wait_for_block();
 }
 DEVICE void sync_warp() {
-    emulator::wait("sync_warp", emulator::machine.warps[threadIdx.x / 32], 32, [] {});
+    emulator::wait_for_warp("sync_warp", [] {});
 }
 
 DEVICE u32 shuffle(u32 x, u32 lane) {
-    auto& operands = emulator::machine.operands[emulator::machine.fibers[threadIdx.x].turn++ % 2];
-    operands[threadIdx.x][0] = x;
-    emulator::wait("shuffle", emulator::machine.warps[threadIdx.x / 32], 32, [] {});
-    return operands[threadIdx.x / 32 * 32 + lane % 32][0];
+    emulator::Warp& warp = *emulator::machine->warp;
+    u32* operands = warp.operands[warp.round % 2];
+    operands[threadIdx.x % 32] = x;
+    emulator::wait_for_warp("shuffle", [] {});
+    return operands[lane % 32];
 }
 DEVICE u32 float_bits(float x) {
     u32 bits;
@@ -244,6 +320,32 @@ DEVICE float shuffle_xor(float x, u32 mask) {
     return shuffle(x, threadIdx.x % 32 ^ mask);
 }
 
+namespace emulator {
+// One instruction instead of the five shuffles that it is on a GPU, with the same results: `combine` is symmetric, so all lanes get
+// the same.
+template <class Combine>
+EMULATOR_INLINE float reduce(const char* what, float x, Combine combine) {
+    Warp& warp = *machine->warp;
+    u32* operands = warp.operands[warp.round % 2];
+    operands[threadIdx.x % 32] = float_bits(x);
+    wait_for_warp(what, [&] {
+        float values[32];
+        memcpy(values, operands, sizeof values);
+        for (u32 n = 16; n > 0; n /= 2) {
+            for (u32 i = 0; i < n; i++) values[i] = combine(values[i], values[i + n]);
+        }
+        operands[0] = float_bits(values[0]);
+    });
+    return bits_float(operands[0]);
+}
+} // namespace emulator
+DEVICE float warp_sum(float x) {
+    return emulator::reduce("warp_sum", x, [](float a, float b) { return a + b; });
+}
+DEVICE float warp_max(float x) {
+    return emulator::reduce("warp_max", x, [](float a, float b) { return fmaxf(a, b); });
+}
+
 DEVICE u16 to_bf16(float x) {
     const u32 bits = float_bits(x);
     return x != x ? 0x7fff : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
@@ -258,10 +360,7 @@ DEVICE u16 to_f16(float x) {
     return bits;
 }
 DEVICE float from_f16(u16 x) {
-    // The exponent's bias is 112 more, which a product repairs, in subnormal values too; infinity and NaN have all bits.
-    const u32 sign = (u32)(x & 0x8000) << 16, rest = (u32)(x & 0x7fff) << 13;
-    if (rest >= 0x0f800000) return bits_float(sign | 0x7f800000 | rest);
-    return bits_float(sign | float_bits(bits_float(rest) * 0x1p112f));
+    return _cvtsh_ss(x);
 }
 DEVICE u32 pack_bf16(float first, float second) {
     return to_bf16(first) | (u32)to_bf16(second) << 16;
@@ -284,33 +383,38 @@ DEVICE void int8_to_f16(u32 bytes, u32& first, u32& second) {
 }
 
 namespace emulator {
+DEVICE __m256 floats_of_bf16(const u16* from) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_load_si128((const __m128i*)from)), 16));
+}
+DEVICE __m256 floats_of_f16(const u16* from) {
+    return _mm256_cvtph_ps(_mm_load_si128((const __m128i*)from));
+}
 // PTX ISA, "Matrix Fragments for mma.m16n8k16", 16-bit types.
-template <float (*CONVERT)(u16)>
-void mma(const char* instruction, float (&c)[4], const u32 (&a)[4], const u32 (&b)[2]) {
-    const u32 thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
-    const u32 turn = machine.fibers[thread].turn++ % 2;
-    auto& operands = machine.operands[turn];
-    auto& products = machine.products[turn][warp];
-    memcpy(operands[thread], a, 16);
-    memcpy(operands[thread] + 4, b, 8);
-    wait(instruction, machine.warps[warp], 32, [&] {
-        float x[16][16], y[16][8]; // (row, k), (k, column)
-        for (u32 l = 0; l < 32; l++) {
-            const u32* o = operands[warp * 32 + l];
-            for (u32 i = 0; i < 8; i++) {
-                const u32 row = l / 4 + i / 2 % 2 * 8, k = l % 4 * 2 + i % 2 + i / 4 * 8;
-                x[row][k] = CONVERT(o[i / 2] >> i % 2 * 16);
-            }
-            for (u32 i = 0; i < 4; i++) y[l % 4 * 2 + i % 2 + i / 2 * 8][l / 4] = CONVERT(o[4 + i / 2] >> i % 2 * 16);
+template <__m256 (*FLOATS)(const u16*)>
+__attribute__((noinline)) void multiply(Warp& warp) {
+    alignas(32) float x[16][16];
+    __m256 y[16];
+    for (u32 row = 0; row < 16; row++) {
+        _mm256_store_ps(x[row], FLOATS(warp.a[row]));
+        _mm256_store_ps(x[row] + 8, FLOATS(warp.a[row] + 8));
+    }
+    for (u32 k = 0; k < 16; k++) y[k] = FLOATS(warp.b[k]);
+    for (u32 row = 0; row < 16; row += 4) {
+        __m256 sums[4] = {};
+        for (u32 k = 0; k < 16; k++) {
+            for (u32 i = 0; i < 4; i++) sums[i] += x[row + i][k] * y[k];
         }
-        memset(products, 0, sizeof products);
-        for (u32 row = 0; row < 16; row++) {
-            for (u32 k = 0; k < 16; k++) {
-                for (u32 column = 0; column < 8; column++) products[row][column] += x[row][k] * y[k][column];
-            }
-        }
-    });
-    for (u32 i = 0; i < 4; i++) c[i] += products[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2];
+        for (u32 i = 0; i < 4; i++) _mm256_store_ps(warp.product[row + i], sums[i]);
+    }
+}
+template <__m256 (*FLOATS)(const u16*)>
+EMULATOR_INLINE void mma(const char* instruction, float (&c)[4], const u32 (&a)[4], const u32 (&b)[2]) {
+    Warp& warp = *machine->warp;
+    const u32 lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    for (u32 i = 0; i < 4; i++) memcpy(&warp.a[g + i % 2 * 8][t * 2 + i / 2 * 8], &a[i], 4);
+    for (u32 i = 0; i < 4; i++) warp.b[t * 2 + i % 2 + i / 2 * 8][g] = b[i / 2] >> i % 2 * 16;
+    wait_for_warp(instruction, [&] { multiply<FLOATS>(warp); });
+    for (u32 i = 0; i < 4; i++) c[i] += warp.product[g + i / 2 * 8][t * 2 + i % 2];
 }
 inline void check_aligned(const void* address) {
     if ((u64)address % 16) fail("a misaligned address");
@@ -318,18 +422,19 @@ inline void check_aligned(const void* address) {
 // The addresses that the lanes of a warp bring.
 inline const u8* const* meet(const char* instruction, const void* address) {
     check_aligned(address);
-    auto& addresses = machine.addresses[machine.fibers[threadIdx.x].turn++ % 2];
-    addresses[threadIdx.x] = (const u8*)address;
-    wait(instruction, machine.warps[threadIdx.x / 32], 32, [] {});
-    return addresses + threadIdx.x / 32 * 32;
+    Warp& warp = *machine->warp;
+    const u8** addresses = warp.addresses[warp.round % 2];
+    addresses[threadIdx.x % 32] = (const u8*)address;
+    wait_for_warp(instruction, [] {});
+    return addresses;
 }
 } // namespace emulator
 
 DEVICE void mma_bf16(float (&c)[4], const u32 (&a)[4], const u32 (&b)[2]) {
-    emulator::mma<from_bf16>("mma_bf16", c, a, b);
+    emulator::mma<emulator::floats_of_bf16>("mma_bf16", c, a, b);
 }
 DEVICE void mma_f16(float (&c)[4], const u32 (&a)[4], const u32 (&b)[2]) {
-    emulator::mma<from_f16>("mma_f16", c, a, b);
+    emulator::mma<emulator::floats_of_f16>("mma_f16", c, a, b);
 }
 DEVICE void load_matrices(u32 (&m)[4], const void* row) {
     const u8* const* rows = emulator::meet("load_matrices", row);
@@ -355,21 +460,22 @@ DEVICE uint4 load16(const void* from) {
 DEVICE void copy16_async(void* to_shared, const void* from) {
     emulator::check_aligned(to_shared);
     emulator::check_aligned(from);
-    emulator::Fiber& fiber = emulator::machine.fibers[emulator::machine.current];
-    fiber.copies.push_back({to_shared, from, fiber.group});
+    emulator::Machine& m = *emulator::machine;
+    m.has_copies = true;
+    m.copies[threadIdx.x].push_back({to_shared, from, m.groups[threadIdx.x]});
     memset(to_shared, 0xff, 16);
 }
 DEVICE void copy_commit() {
-    emulator::machine.fibers[emulator::machine.current].group++;
+    emulator::machine->groups[threadIdx.x]++;
 }
 template <int N>
 DEVICE void copy_wait() {
-    emulator::Fiber& fiber = emulator::machine.fibers[emulator::machine.current];
-    auto is_due = [&](const emulator::Copy& copy) { return copy.group + N < fiber.group; };
-    for (const emulator::Copy& copy : fiber.copies) {
+    std::vector<emulator::Copy>& copies = emulator::machine->copies[threadIdx.x];
+    auto is_due = [&](const emulator::Copy& copy) { return copy.group + N < emulator::machine->groups[threadIdx.x]; };
+    for (const emulator::Copy& copy : copies) {
         if (is_due(copy)) memcpy(copy.to, copy.from, 16);
     }
-    fiber.copies.erase(std::remove_if(fiber.copies.begin(), fiber.copies.end(), is_due), fiber.copies.end());
+    copies.erase(std::remove_if(copies.begin(), copies.end(), is_due), copies.end());
 }
 
 DEVICE float exp2_approx(float x) {
@@ -386,80 +492,66 @@ DEVICE u32 umax(u32 a, u32 b) {
 
 namespace emulator {
 
-// Runs a kernel to its end; returns what went wrong, or null. `shared_limit` is for static and dynamic shared memory together.
-inline const char* launch(void (*body)(void**), Index grid, u32 n_threads, size_t dynamic_bytes, void** arguments, u64 seed,
-                          size_t shared_limit = MAX_SHARED) {
-    Machine& m = machine;
-    if (n_threads == 0 || n_threads > MAX_THREADS || n_threads % 32) return "an odd number of threads";
-    if (dynamic_bytes > MAX_SHARED) return "too much shared memory";
-    if (!m.shared) m.shared = guarded(SHARED_PAGES);
-    const size_t rounded = (dynamic_bytes + 15) / 16 * 16;
-    m.dynamic_shared = m.shared + SHARED_PAGES - rounded;
-    m.shared_limit = shared_limit;
-    m.body = body;
-    m.arguments = arguments;
-    m.n_threads = n_threads;
-    m.random = seed;
+// Computes a block; returns what went wrong, or null.
+inline const char* run_block(Machine& m, u64 block) {
+    const Launch& launch = *m.launch;
+    const size_t rounded = (launch.dynamic_bytes + 15) / 16 * 16;
+    blockIdx = {(u32)(block % launch.grid[0]), (u32)(block / launch.grid[0] % launch.grid[1]),
+                (u32)(block / launch.grid[0] / launch.grid[1])};
+    memset(m.dynamic_shared, 0xff, rounded);
+    m.random = launch.seed + block * 0x9e3779b97f4a7c15ull;
     m.error = nullptr;
-    gridDim = grid;
-    blockDim = {n_threads, 1, 1};
-    for (u32 i = 0; i < n_threads; i++) {
-        if (!m.fibers[i].stack) m.fibers[i].stack = guarded(STACK);
+    m.shared_bytes = rounded;
+    m.n_arrays = m.n_done = m.n_blocked = 0;
+    for (u32 i = 0; i < m.n_threads / 32; i++) {
+        Warp& warp = m.warps[i];
+        warp.waiting = warp.blocked = warp.done = warp.round = 0;
+        warp.base = i * 32;
+        reorder(warp);
     }
-    const u64 n_blocks = (u64)grid.x * grid.y * grid.z;
-    for (u64 block = 0; block < n_blocks; block++) {
-        blockIdx = {(u32)(block % grid.x), (u32)(block / grid.x % grid.y), (u32)(block / grid.x / grid.y)};
-        memset(m.dynamic_shared, 0xff, rounded);
-        m.arrays.clear();
-        m.shared_bytes = rounded;
-        m.n_done = 0;
-        m.block.waiting = 0;
-        for (Barrier& warp : m.warps) warp.waiting = 0;
-        for (u32 i = 0; i < n_threads; i++) {
-            Fiber& fiber = m.fibers[i];
-            fiber.is_done = fiber.has_waited = false;
-            fiber.waits_for = nullptr;
-            fiber.turn = 0;
-            fiber.group = 0;
-            fiber.copies.clear();
-            // As if run_fiber had been called and left at once: six registers, its address, nowhere to return to. At different
-            // places of their pages, for the sake of the caches.
-            void** top = (void**)(fiber.stack + STACK - i % 12 * 320) - 2;
-            top[1] = nullptr;
-            top[0] = (void*)run_fiber;
-            fiber.place = top - 6;
-            memset(fiber.place, 0, 6 * sizeof(void*));
-        }
-        while (m.n_done < n_threads) {
-            bool is_stuck = true;
-            // Another order each time: from anywhere, in steps that have no divisor in common with the number of threads,
-            // a power of two, or three of them.
-            const u32 first = random_number() % n_threads, step = random_number() % 16 * 6 + 1;
-            for (u32 turn = 0; turn < n_threads; turn++) {
-                const u32 i = (first + turn * step) % n_threads;
-                const Fiber& fiber = m.fibers[i];
-                if (fiber.is_done || (fiber.waits_for && fiber.waits_for->round == fiber.round)) continue;
-                is_stuck = false;
-                m.current = i;
-                threadIdx = {i, 0, 0};
-                emulator_switch(&m.scheduler, m.fibers[i].place);
-                if (m.error) return m.error;
-            }
-            if (is_stuck) return "threads wait for others of their block or warp that never come";
-        }
-        for (size_t i = dynamic_bytes; i < rounded; i++) {
-            if (m.dynamic_shared[i] != 0xff) return "a write beyond the shared memory";
-        }
+    std::fill_n(m.places, m.n_threads, nullptr);
+    if (m.has_copies) {
+        for (auto& copies : m.copies) copies.clear();
+        m.has_copies = false;
+    }
+    std::fill_n(m.groups, m.n_threads, 0);
+    std::fill_n(m.has_waited, m.n_threads, false);
+    const u32 n_warps = m.n_threads / 32;
+    while (m.n_done < m.n_threads) {
+        const u32 x = random_number();
+        u32 i = 0;
+        while (i < n_warps && !m.warps[(x + i) % n_warps].runnable()) i++;
+        if (i == n_warps) return "threads wait for others of their block or warp that never come";
+        m.warp = &m.warps[(x + i) % n_warps];
+        switch_to(&m.scheduler, *m.warp, next_place(*m.warp, x / 1024 % 32));
+        if (m.error) return m.error;
+    }
+    for (size_t i = launch.dynamic_bytes; i < rounded; i++) {
+        if (m.dynamic_shared[i] != 0xff) return "a write beyond the shared memory";
     }
     return nullptr;
 }
 
 } // namespace emulator
 
-#ifdef EMULATOR_LIBRARY
-// What libcuda.so calls; every library of kernels has a machine of its own.
-extern "C" const char* emulator_launch(void (*body)(void**), const u32* grid, u32 n_threads, size_t dynamic_bytes,
-                                       void** arguments, u64 seed, size_t shared_limit) {
-    return emulator::launch(body, {grid[0], grid[1], grid[2]}, n_threads, dynamic_bytes, arguments, seed, shared_limit);
+extern "C" const char* emulator_run(const Launch* launch, u32 worker) {
+    using namespace emulator;
+    const u32 n_threads = launch->n_threads;
+    if (n_threads == 0 || n_threads > MAX_THREADS || n_threads % 32) return "an odd number of threads";
+    if (launch->dynamic_bytes > MAX_SHARED) return "too much shared memory";
+    Machine& m = machines[worker];
+    machine = &m;
+    if (!m.shared) m.shared = guarded(SHARED_PAGES);
+    m.dynamic_shared = m.shared + SHARED_PAGES - (launch->dynamic_bytes + 15) / 16 * 16;
+    m.shared_limit = launch->shared_limit;
+    m.launch = launch;
+    m.n_threads = n_threads;
+    gridDim = {launch->grid[0], launch->grid[1], launch->grid[2]};
+    blockDim = {n_threads, 1, 1};
+    threadIdx = {0, 0, 0};
+    const u64 n_blocks = (u64)gridDim.x * gridDim.y * gridDim.z;
+    for (u64 block = 0; block < n_blocks; block++) {
+        if (const char* error = run_block(m, block)) return error;
+    }
+    return nullptr;
 }
-#endif
