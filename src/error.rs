@@ -19,7 +19,8 @@ pub enum Error {
     /// A well-formed request for something that is not implemented, refused by name.
     #[error("{0}")]
     Unsupported(String),
-    #[error("out of memory: {what} needs {bytes} bytes")]
+    /// Of 0 bytes if it is not known how many.
+    #[error("out of memory: {what} needs {}", match bytes { 0 => "more than there is".into(), n => format!("{n} bytes") })]
     OutOfMemory { what: &'static str, bytes: usize },
     /// The fixed cache has no room; nothing was changed. Counts are positions.
     #[error("the cache is full: {needed} more positions needed, {free} free")]

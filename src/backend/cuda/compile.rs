@@ -2,7 +2,7 @@
 
 use std::ffi::{CStr, CString};
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use cudarc::nvrtc::result::{self as nvrtc, NvrtcError};
 use cudarc::nvrtc::sys;
@@ -36,10 +36,12 @@ fn failed(what: &str, e: NvrtcError) -> Error {
     Error::Backend(format!("{what}: {e:?}"))
 }
 
+const OLDEST: i32 = 12;
+
 /// NVRTC's version.
 ///
 /// # Errors
-/// `Backend` if it cannot be found.
+/// `Backend` if it cannot be found or is too old.
 fn version() -> Result<(i32, i32)> {
     // SAFETY: looks for a library; loading NVRTC runs its initialisers, which is what is wanted.
     if !unsafe { sys::is_culib_present() } {
@@ -49,6 +51,10 @@ fn version() -> Result<(i32, i32)> {
     let (mut major, mut minor) = (0, 0);
     // SAFETY: writes two integers.
     unsafe { sys::nvrtcVersion(&mut major, &mut minor) }.result().map_err(|e| failed("NVRTC does not answer", e))?;
+    // Functions that are called here may be missing from older ones.
+    if major < OLDEST {
+        return Err(Error::Backend(format!("NVRTC is too old: it is {major}.{minor}, at least {OLDEST}.0 is needed")));
+    }
     Ok((major, minor))
 }
 
@@ -122,41 +128,64 @@ fn cache_folder() -> Option<PathBuf> {
         .or_else(|| set("HOME").map(|p| p.join(".cache/libphd")))
 }
 
-/// The kernels for a compute capability from the disk, or compiled and put there. A file that is damaged counts as missing.
+/// The kernels for a compute capability from the disk, or compiled and put there. A file that is damaged counts as missing. Without
+/// NVRTC those serve that any version of it has made.
 ///
 /// # Errors
 /// Those of [`compile`]. That the result cannot be kept is no error.
 pub fn kernels(arch: (i32, i32)) -> Result<Vec<u8>> {
-    const HASH: usize = 16;
-    let source = source();
-    let (major, minor) = version()?;
-    let key = format!("{source}\0{arch:?} {major}.{minor} {}", env!("CARGO_PKG_VERSION"));
-    let path = cache_folder().map(|folder| folder.join(format!("kernels-{:032x}", xxh3_128(key.as_bytes()))));
-    if let Some(bytes) = path.as_ref().and_then(|p| std::fs::read(p).ok())
-        && let Some((hash, image)) = bytes.split_at_checked(HASH)
-        && hash == xxh3_128(image).to_le_bytes()
-    {
-        return Ok(image.to_vec());
+    let key = format!("{}\0{arch:?} {}", source(), env!("CARGO_PKG_VERSION"));
+    let name = format!("kernels-{:032x}-nvrtc", xxh3_128(key.as_bytes()));
+    let folder = cache_folder();
+    let (major, minor) = match version() {
+        Ok(version) => version,
+        Err(e) => {
+            let kept = folder.and_then(|f| any_kept(&f, &name));
+            return kept.inspect(|_| log::info!("{e}; kernels that were compiled before are used")).ok_or(e);
+        }
+    };
+    let path = folder.map(|folder| folder.join(format!("{name}{major}.{minor}")));
+    if let Some(image) = path.as_deref().and_then(kept) {
+        return Ok(image);
     }
     log::info!("compiling the CUDA kernels for compute capability {}.{}", arch.0, arch.1);
     let compiled = compile(arch, false)?;
     if !compiled.log.is_empty() {
         log::warn!("NVRTC: {}", compiled.log);
     }
-    let keep = |path: &PathBuf| -> std::io::Result<()> {
-        let folder = path.parent().expect("it is in a folder");
-        std::fs::create_dir_all(folder)?;
-        // Written beside and renamed: others see all of it or nothing.
-        let mut file = tempfile::NamedTempFile::new_in(folder)?;
-        file.write_all(&xxh3_128(&compiled.image).to_le_bytes())?;
-        file.write_all(&compiled.image)?;
-        file.persist(path)?;
-        Ok(())
-    };
     if let Some(path) = &path
-        && let Err(e) = keep(path)
+        && let Err(e) = keep(path, &compiled.image)
     {
         log::warn!("the compiled CUDA kernels cannot be kept as {}: {e}", path.display());
     }
     Ok(compiled.image)
+}
+
+/// Of the hash that a file begins with.
+const HASH: usize = 16;
+
+/// What a file holds, if it is whole.
+fn kept(path: &Path) -> Option<Vec<u8>> {
+    let bytes = std::fs::read(path).ok()?;
+    let (hash, image) = bytes.split_at_checked(HASH)?;
+    (hash == xxh3_128(image).to_le_bytes()).then(|| image.to_vec())
+}
+
+/// The newest of the files whose names begin so.
+fn any_kept(folder: &Path, name: &str) -> Option<Vec<u8>> {
+    let named = |e: &std::fs::DirEntry| e.file_name().to_string_lossy().starts_with(name);
+    let mut files: Vec<_> = std::fs::read_dir(folder).ok()?.flatten().filter(named).collect();
+    files.sort_by_key(|e| std::cmp::Reverse(e.metadata().and_then(|m| m.modified()).ok()));
+    files.iter().find_map(|e| kept(&e.path()))
+}
+
+fn keep(path: &Path, image: &[u8]) -> std::io::Result<()> {
+    let folder = path.parent().expect("it is in a folder");
+    std::fs::create_dir_all(folder)?;
+    // Written beside and renamed: others see all of it or nothing.
+    let mut file = tempfile::NamedTempFile::new_in(folder)?;
+    file.write_all(&xxh3_128(image).to_le_bytes())?;
+    file.write_all(image)?;
+    file.persist(path)?;
+    Ok(())
 }

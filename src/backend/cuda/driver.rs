@@ -12,6 +12,9 @@ use crate::error::{Error, Result};
 
 /// `what` failed in the driver.
 fn failed(what: &str, e: DriverError) -> Error {
+    if e.0 == sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY {
+        return Error::OutOfMemory { what: "the CUDA driver", bytes: 0 };
+    }
     let text = |s: Result<&std::ffi::CStr, DriverError>| s.map_or("".into(), |s| s.to_string_lossy().into_owned());
     Error::Backend(format!("{what}: {} ({})", text(e.error_string()), text(e.error_name())))
 }
@@ -24,6 +27,14 @@ impl<T> OrFailed<T> for Result<T, DriverError> {
     fn or_failed(self, what: &str) -> Result<T> {
         self.map_err(|e| failed(what, e))
     }
+}
+
+/// Functions that are called here may be missing from drivers older than this.
+const OLDEST_DRIVER: i32 = 12000;
+
+/// A version as the driver counts them: 1000 * major + 10 * minor.
+pub fn version_text(version: i32) -> String {
+    format!("{}.{}", version / 1000, version % 1000 / 10)
 }
 
 /// A GPU's primary context, which all users of the CUDA runtime in a process share.
@@ -71,6 +82,18 @@ impl Device {
             return Err(Error::Backend("there is no CUDA driver: libcuda.so.1 was not found".into()));
         }
         result::init().or_failed("the CUDA driver does not start")?;
+        let mut driver_version = 0;
+        // SAFETY: writes one integer.
+        unsafe { sys::cuDriverGetVersion(&mut driver_version) }
+            .result()
+            .or_failed("cannot ask the driver's version")?;
+        if driver_version < OLDEST_DRIVER {
+            return Err(Error::Backend(format!(
+                "the CUDA driver is too old: it is for CUDA {}, at least {} is needed",
+                version_text(driver_version),
+                version_text(OLDEST_DRIVER)
+            )));
+        }
         let n = result::device::get_count().or_failed("cannot count CUDA devices")?;
         if ordinal < 0 || ordinal >= n {
             return Err(Error::Backend(format!("there is no CUDA device {ordinal}: the driver reports {n}")));
@@ -92,11 +115,6 @@ impl Device {
         }
         let n_multiprocessors = attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as usize;
         let shared_memory = attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)? as usize;
-        let mut driver_version = 0;
-        // SAFETY: writes one integer.
-        unsafe { sys::cuDriverGetVersion(&mut driver_version) }
-            .result()
-            .or_failed("cannot ask the driver's version")?;
         // SAFETY: `device` is valid; released when the owner is dropped.
         let context = unsafe { result::primary_ctx::retain(device) }.or_failed("cannot use the CUDA device")?;
         // Graphs of such launches can be captured from CUDA 12.3 on.
