@@ -19,7 +19,7 @@ use std::sync::Arc;
 use self::context::CudaContext;
 use self::driver::{Buffer, Device, Grid, Kernel, Module, Stream};
 use self::gemm::Gemm;
-use self::params::{Activations, BiasParams, DequantizeParams, LinearParams, Matrix};
+use self::params::{Activations, LinearParams, Matrix};
 use self::weights::{DeviceMatrix, DeviceWeights, STRIP};
 use super::{Backend, Context, ContextOptions};
 use crate::error::{Result, unsupported};
@@ -76,11 +76,10 @@ pub fn open(ordinal: i32) -> Result<Opened> {
 /// Every kernel that a model uses.
 struct Kernels {
     linear: HashMap<(DType, usize), Kernel>, // (type, tiles); 0 tiles: the f32 one
-    dequantize: HashMap<DType, Kernel>,
+    gemm: gemm::Kernels,
     embed: HashMap<DType, Kernel>,
     residual_norm: Kernel,
     gated: Kernel,
-    add_bias: Kernel,
     qkv_finish: Kernel,
     attention_plain: Kernel,
     attention_mma: Option<Kernel>,
@@ -130,24 +129,22 @@ impl Cuda {
         }
         let weights = weights::load(&device, weights, progress)?;
         let is_exact = std::env::var_os("PHD_CUDA_EXACT").is_some_and(|v| v == "1");
-        let gemm = match Gemm::find() {
-            _ if is_exact => None,
-            Ok(gemm) => Some(Arc::new(gemm)),
-            Err(e) => {
-                log::info!("{e}; prefill goes on with slower kernels");
-                None
-            }
+        let gemm = match is_exact {
+            true => None,
+            false => Gemm::find(&device)
+                .inspect_err(|e| log::info!("{e}; prefill goes on with kernels of our own"))
+                .ok()
+                .map(Arc::new),
         };
         let kernels = Kernels::of(&module, &hyper, &weights, widest)?;
         log::info!(
-            "{} MiB of weights on {} ({} multiprocessors, compute capability {}.{}, driver for CUDA {}.{})",
+            "{} MiB of weights on {} ({} multiprocessors, compute capability {}.{}, driver for CUDA {})",
             weights.bytes() >> 20,
             device.name,
             device.n_multiprocessors,
             device.arch.0,
             device.arch.1,
-            device.driver_version / 1000,
-            device.driver_version % 1000 / 10,
+            driver::version_text(device.driver_version),
         );
         Ok(Cuda { hyper, is_exact, weights, kernels, gemm, _module: module, device })
     }
@@ -158,7 +155,7 @@ impl Cuda {
         (any(&[DType::F32]), any(&[DType::Q4_1, DType::Q4_K, DType::Q5_K]))
     }
 
-    /// `out[i] = W[i] x + b[i]` for `rows` rows: `out[i]` is (row, n_out). `scratch` holds a converted matrix, or a part of one.
+    /// `out[i] = W[i] x + b[i]` for `rows` rows: `out[i]` is (row, n_out). With `gemm`, what cuBLASLt can do of many rows is its.
     ///
     /// # Safety
     /// Everything is allocated for as many rows.
@@ -174,15 +171,19 @@ impl Cuda {
         if rows == 0 {
             return Ok(());
         }
-        if let Some(workspace) = gemm
-            && rows > FEW_ROWS
-        {
-            for (matrix, out) in matrices {
-                // SAFETY: the caller's promise.
-                unsafe { self.product(stream, x, matrix, *out, rows, workspace)? };
+        let mut left = Vec::new();
+        let matrices = match gemm {
+            Some(workspace) if rows > FEW_ROWS => {
+                for &(matrix, out) in matrices {
+                    // SAFETY: the caller's promise.
+                    if !unsafe { workspace.linear(stream, &self.kernels.gemm, x, matrix, out, rows)? } {
+                        left.push((matrix, out));
+                    }
+                }
+                &left
             }
-            return Ok(());
-        }
+            _ => matrices,
+        };
         // Matrices of one type share a launch.
         for same in matrices.chunk_by(|a, b| a.0.dtype == b.0.dtype) {
             let mut parameters = LinearParams {
@@ -246,71 +247,11 @@ impl Cuda {
         // SAFETY: the caller's promise.
         unsafe { stream.launch(self.kernels.linear[&(dtype, tiles)], grid, parameters) }
     }
-
-    /// One matrix through cuBLASLt, converted to bf16 first where it is stored otherwise.
-    ///
-    /// # Safety
-    /// As [`Cuda::linear`].
-    unsafe fn product(
-        &self,
-        stream: &Stream,
-        x: Activations,
-        matrix: &DeviceMatrix,
-        out: params::Address,
-        rows: usize,
-        workspace: &mut gemm::Workspace,
-    ) -> Result<()> {
-        let pitch = matrix.n_in.next_multiple_of(32);
-        let mut product = gemm::Product {
-            dtype: DType::BF16,
-            weights: matrix.weights,
-            x: x.hi,
-            out,
-            n_out: matrix.n_out,
-            n_in: pitch,
-            rows,
-            out_stride: matrix.n_out,
-        };
-        match matrix.dtype {
-            DType::BF16 => workspace.multiply(stream, &product)?,
-            DType::F32 => {
-                (product.dtype, product.x) = (DType::F32, x.exact);
-                workspace.multiply(stream, &product)?;
-            }
-            dtype => {
-                let per_strip = weights::strip_bytes(dtype, matrix.n_in);
-                let at_once = (workspace.converted.bytes() / (STRIP * pitch * 2)).max(1);
-                for first in (0..matrix.strips()).step_by(at_once) {
-                    let n = at_once.min(matrix.strips() - first);
-                    let parameters = DequantizeParams {
-                        weights: matrix.weights + (first * per_strip) as u64,
-                        out: workspace.converted.address(),
-                        n_in: matrix.n_in as u32,
-                        n_strips: n as u32,
-                    };
-                    let grid = Grid { blocks: (n, 1, 1), threads: THREADS, shared: 0 };
-                    // SAFETY: `converted` holds as many strips, see `Workspace::new`.
-                    unsafe { stream.launch(self.kernels.dequantize[&dtype], grid, &parameters)? };
-                    product.weights = workspace.converted.address();
-                    product.out = out + (first * STRIP * 4) as u64;
-                    product.n_out = (n * STRIP).min(matrix.n_out - first * STRIP);
-                    workspace.multiply(stream, &product)?;
-                }
-            }
-        }
-        if matrix.bias != 0 {
-            let parameters = BiasParams { y: out, bias: matrix.bias, rows: rows as u32, n: matrix.n_out as u32 };
-            let grid = Grid { blocks: (rows, 1, 1), threads: THREADS, shared: 0 };
-            // SAFETY: the caller's promise.
-            unsafe { stream.launch(self.kernels.add_bias, grid, &parameters)? };
-        }
-        Ok(())
-    }
 }
 
 impl Kernels {
     fn of(module: &Module, h: &Hyper, weights: &DeviceWeights, widest: usize) -> Result<Kernels> {
-        let (mut linear, mut dequantize, mut embed) = (HashMap::new(), HashMap::new(), HashMap::new());
+        let (mut linear, mut embed) = (HashMap::new(), HashMap::new());
         for m in weights.matrices() {
             let name = pack::type_name(m.dtype);
             if m.dtype == DType::F32 {
@@ -319,9 +260,6 @@ impl Kernels {
             }
             for (tiles, _) in WIDTHS {
                 linear.insert((m.dtype, tiles), module.kernel(&format!("linear_{name}_{tiles}"), 0)?);
-            }
-            if m.dtype != DType::BF16 {
-                dequantize.insert(m.dtype, module.kernel(&format!("dequantize_{name}"), 0)?);
             }
         }
         for m in &weights.embeddings {
@@ -335,11 +273,10 @@ impl Kernels {
         };
         Ok(Kernels {
             linear,
-            dequantize,
+            gemm: gemm::Kernels::of(module, weights.matrices().map(|m| m.dtype))?,
             embed,
             residual_norm: module.kernel("residual_norm", widest)?,
             gated: module.kernel("gated", widest)?,
-            add_bias: module.kernel("add_bias", 0)?,
             qkv_finish: module.kernel("qkv_finish", context::qkv_shared(h))?,
             attention_plain: module.kernel("attention_plain", context::plain_shared(h.head_dim))?,
             attention_mma: mma("")?,

@@ -4,16 +4,17 @@ use std::sync::Arc;
 
 use super::context::{ATTENTION_THREADS, TOP_CHUNK, TOP_THREADS, mma_shared, plain_shared, row_bytes};
 use super::driver::{Buffer, Device, Grid, Module, Stream};
+use super::gemm::{self, Gemm, Workspace};
 use super::pack::{matrix_bytes, pack_strip, strip_bytes, type_name};
 use super::params::{
     Activations, AttentionParams, Entry, KeyValues, LinearParams, Matrix, MergeParams, Params, QkvParams,
     ResidualParams, Row, Tile, TopParams,
 };
 use super::plan::SPLIT_ROWS;
-use super::weights::STRIP;
+use super::weights::{DeviceMatrix, STRIP};
 use super::{Sums, THREADS, compile, width};
 use crate::backend::testing::{Noise, weights};
-use crate::backend::{CacheType, TOP};
+use crate::backend::{CacheType, TOP, TOTAL_PARTS, Top};
 use crate::sampling::{Sampler, SamplerParams};
 use crate::tensor::{DType, dequantize_row};
 
@@ -204,6 +205,115 @@ fn linear_layers_of_every_type() {
     }
 }
 
+/// cuBLASLt's products, with a workspace that holds whole converted matrices, and one that holds a strip.
+#[test]
+#[ignore = "needs cuBLASLt and a GPU, or the emulator: tests/cuda/run.sh"]
+fn products_of_every_type() {
+    let b = bench();
+    let gemm = Arc::new(Gemm::find(&b.device).unwrap());
+    let kernels = gemm::Kernels::of(&b.module, TYPES.into_iter()).unwrap();
+    for dtype in TYPES {
+        let widths: &[usize] = match dtype.block_len() {
+            1 => &[1, 33, 100, 256],
+            32 => &[32, 96, 320],
+            _ => &[256, 768],
+        };
+        for (&n_in, (n_out, rows)) in widths.iter().zip([(1, 65), (40, 100), (17, 7), (48, 1)]) {
+            let tensor = weights(dtype, n_out, n_in, &mut Noise(n_in as u32));
+            let bytes: &[u8] = &tensor.data;
+            let row_bytes = bytes.len() / n_out;
+            let device_weights = b.upload(&packed(dtype, n_in, bytes));
+            let bias = noise(n_out, 99);
+            let device_bias = b.upload(&bias);
+            let x = noise(rows * n_in, 7);
+            let made = activations(&b, &x, rows, n_in);
+            let strip = STRIP * n_in.next_multiple_of(32) * 2;
+            for (largest, has_bias) in [(3 * strip, true), (0, false)] {
+                let mut workspace = Workspace::new(&b.device, gemm.clone(), strip, largest).unwrap();
+                let out = b.upload(&vec![f32::NAN; rows * n_out]);
+                let matrix = DeviceMatrix {
+                    dtype,
+                    weights: device_weights.address(),
+                    bias: if has_bias { device_bias.address() } else { 0 },
+                    n_out,
+                    n_in,
+                };
+                {
+                    let _entered = b.device.enter().unwrap();
+                    // SAFETY: all of it is held here, with room for as many rows.
+                    let done = unsafe {
+                        workspace.linear(&b.stream, &kernels, made.act, &matrix, out.address(), rows).unwrap()
+                    };
+                    assert!(done, "{dtype} ({n_out}, {n_in}): no algorithm");
+                    b.stream.synchronize().unwrap();
+                }
+                let found = b.download(&out);
+                let mut w = vec![0.0; n_in];
+                for o in 0..n_out {
+                    dequantize_row(dtype, &bytes[o * row_bytes..][..row_bytes], &mut w);
+                    for row in 0..rows {
+                        let x = x[row * n_in..][..n_in].iter().map(|&x| match dtype {
+                            DType::F32 => f64::from(x),
+                            _ => half::bf16::from_f32(x).to_f64(),
+                        });
+                        let products = x.zip(&w).map(|(x, w)| x * f64::from(*w));
+                        let (sum, size) = products.fold((0.0, 0.0), |(s, a), p| (s + p, a + p.abs()));
+                        let expected = sum + if has_bias { f64::from(bias[o]) } else { 0.0 };
+                        // Relative to the products' size: sums in f32, which tensor cores truncate, and weights that were rounded
+                        // to bf16 (2^-9).
+                        let bound = match dtype {
+                            DType::F32 => 2e-6,
+                            DType::BF16 => 1e-5,
+                            _ => 2.1e-3,
+                        } * size
+                            + 1e-6 * expected.abs();
+                        let difference = (f64::from(found[row * n_out + o]) - expected).abs();
+                        assert!(
+                            difference <= bound,
+                            "{dtype} ({n_out}, {n_in}), row {row} of {rows}, output {o}: {} for {expected}",
+                            found[row * n_out + o]
+                        );
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Descriptions of shapes are given up when they are many; what was queued with them is computed.
+#[test]
+#[ignore = "needs cuBLASLt and a GPU, or the emulator: tests/cuda/run.sh"]
+fn products_of_more_shapes_than_are_kept() {
+    let b = bench();
+    let gemm = Arc::new(Gemm::find(&b.device).unwrap());
+    let kernels = gemm::Kernels::of(&b.module, std::iter::empty()).unwrap();
+    let (n_in, most) = (32, 1100);
+    let weights = noise(STRIP * n_in, 1);
+    let x = noise(most * n_in, 2);
+    let made = activations(&b, &x, most, n_in);
+    let device_weights = b.upload(&weights);
+    let outs: Vec<Buffer> = (0..=most).map(|rows| b.upload(&vec![f32::NAN; rows.max(1)])).collect();
+    let matrix = DeviceMatrix { dtype: DType::F32, weights: device_weights.address(), bias: 0, n_out: 1, n_in };
+    let mut workspace = Workspace::new(&b.device, gemm, STRIP * n_in * 2, 0).unwrap();
+    {
+        let _entered = b.device.enter().unwrap();
+        // The first shapes come again, after they were given up.
+        for rows in (1..=most).chain(1..=9) {
+            let out = outs[rows].address();
+            // SAFETY: all of it is held here, with room for as many rows.
+            assert!(unsafe { workspace.linear(&b.stream, &kernels, made.act, &matrix, out, rows).unwrap() });
+        }
+        b.stream.synchronize().unwrap();
+    }
+    let dot = |row: &[f32]| row.iter().zip(&weights).map(|(x, w)| f64::from(*x) * f64::from(*w)).sum::<f64>();
+    let expected: Vec<f64> = x.chunks(n_in).map(dot).collect();
+    for rows in [1, 2, 9, 10, 1000, 1024, 1025, most] {
+        for (found, expected) in b.download(&outs[rows]).iter().zip(&expected) {
+            assert!((f64::from(*found) - expected).abs() < 1e-4, "{rows} rows: {found} for {expected}");
+        }
+    }
+}
+
 #[test]
 #[ignore = "needs a GPU or the emulator: tests/cuda/run.sh"]
 fn gate_and_up_in_one_launch() {
@@ -376,37 +486,48 @@ fn the_best_tokens_are_all_that_samplers_see() {
         let all: Vec<f32> = rows.iter().flat_map(|(_, row)| row.iter().copied()).collect();
         let n_chunks = n.div_ceil(TOP_CHUNK);
         let (logits, keys) = (b.upload(&all), b.upload(&vec![0u64; rows.len() * n_chunks * TOP]));
-        let outputs = [0, 1].map(|_| b.upload(&vec![f32::NAN; rows.len() * TOP]));
+        let parts = b.upload(&vec![f32::NAN; rows.len() * n_chunks * 2]);
+        let outputs = [TOP, TOP, 1].map(|width| b.upload(&vec![f32::NAN; rows.len() * width]));
         let params = TopParams {
             logits: logits.address(),
             keys: keys.address(),
             tokens: outputs[0].address(),
             values: outputs[1].address(),
+            parts: parts.address(),
+            totals: outputs[2].address(),
             n_vocab: n as u32,
             n_chunks: n_chunks as u32,
         };
         let grid = |x, y| Grid { blocks: (x, y, 1), threads: TOP_THREADS, shared: 0 };
         b.launch("top_chunks", grid(n_chunks, rows.len()), &params);
         b.launch("top_rows", grid(rows.len(), 1), &params);
-        let [tokens, values] = outputs.map(|buffer| b.download(&buffer));
+        let [tokens, values, totals] = outputs.map(|buffer| b.download(&buffer));
         for (i, (name, row)) in rows.iter().enumerate() {
             let found = tokens[i * TOP..(i + 1) * TOP].iter().map(|t| t.to_bits());
             let tokens: Vec<u32> = found.take_while(|&t| t != u32::MAX).collect();
             let usable = row.iter().filter(|x| !x.is_nan() && **x != f32::NEG_INFINITY).count();
             assert_eq!(tokens.len(), usable.min(TOP), "{n} {name}");
-            for k in [0, 1, 2, 40, TOP as u32] {
-                // Greedy where k is 0.
-                let temperature = if k == 0 { 0.0 } else { 1.3 };
-                let p = SamplerParams { temperature, top_k: k, top_p: 0.9, seed: 11, ..SamplerParams::default() };
+            let total = f64::from(totals[i]);
+            let top = Top { tokens: &tokens, logits: &values[i * TOP..][..tokens.len()], total };
+            if usable == 0 {
+                assert_eq!(total, 0.0, "{n} {name}");
+                continue;
+            }
+            let clean = |x: f32| f64::from(if x.is_nan() { f32::NEG_INFINITY } else { x.min(f32::MAX) });
+            let expected: f64 = row.iter().map(|&x| (clean(x) - clean(top.logits[0])).exp()).sum();
+            assert!((total / expected - 1.0).abs() < 1.0 / TOTAL_PARTS, "{n} {name}: {total} for {expected}");
+            for (k, top_p) in [(0, 1.0), (1, 0.9), (2, 0.9), (40, 0.9), (TOP as u32, 0.9), (0, 0.02)] {
+                // Greedy where nothing is cut.
+                let temperature = if k == 0 && top_p == 1.0 { 0.0 } else { 1.3 };
+                let p = SamplerParams { temperature, top_k: k, top_p, seed: 11, ..SamplerParams::default() };
                 let mut sampler = Sampler::new(p, n).unwrap();
                 let mut twin = sampler.clone();
-                assert_eq!(sampler.best_wanted(), Some(k.max(1) as usize));
                 for draw in 0..20 {
-                    let best = sampler.sample_best(&tokens, &values[i * TOP..][..tokens.len()]);
-                    let (best, expected) =
-                        (best.map_err(|e| e.to_string()), twin.sample(row).map_err(|e| e.to_string()));
-                    assert_eq!(best, expected, "{n} tokens, {name}, top-k {k}, draw {draw}");
-                    assert_eq!(best.is_ok(), usable > 0);
+                    let best = sampler.sample_top(&top);
+                    // Where all are equal, nobody knows what a share of them holds.
+                    assert!(best.is_some() || k == 0, "{n} tokens, {name}, top-k {k}, draw {draw}");
+                    let best = best.unwrap_or_else(|| sampler.sample(row).unwrap());
+                    assert_eq!(best, twin.sample(row).unwrap(), "{n} tokens, {name}, top-k {k}, draw {draw}");
                 }
             }
         }
