@@ -1015,8 +1015,8 @@ enum phd_status phd_sampler_sample(struct phd_sampler *sampler,
 
 /*
  Chooses the next token of `seq`: what phd_sampler_sample does with phd_logits, with the same outcome. Where a GPU computes, its
- logits are not even copied if the sampler takes the best token, or begins with a top-k of up to 64, and has neither constraint nor
- logit bias. The session is busy meanwhile, as in any call.
+ logits are not even copied where its best 64 tokens tell what the sampler chooses, see docs/sampling.md. The session is busy
+ meanwhile, as in any call.
  */
 enum phd_status phd_sample(const struct phd_session *session,
                            int32_t seq,

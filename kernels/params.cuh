@@ -213,6 +213,8 @@ struct TopParams {
     u64* keys;           // (row, chunk, 64): scratch
     u32* tokens;         // (row, 64): best first; 2^32 - 1 where there are no more
     float* values;       // (row, 64): their logits
+    float* parts;        // (row, chunk, 2): largest logit, sum of exp(logit - largest); scratch
+    float* totals;       // (row): sum of exp(logit - the row's largest); 0 where there are no tokens
     u32 n_vocab;
     u32 n_chunks;        // of 4096 tokens
 };
@@ -233,4 +235,4 @@ static_assert(sizeof(KeyValues) == 16, "");
 static_assert(sizeof(QkvParams) == 136, "");
 static_assert(sizeof(AttentionParams) == 160, "");
 static_assert(sizeof(MergeParams) == 136, "");
-static_assert(sizeof(TopParams) == 40, "");
+static_assert(sizeof(TopParams) == 56, "");

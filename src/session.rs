@@ -4,11 +4,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-use crate::backend::{Context, ContextOptions, TOP};
+use crate::backend::{Context, ContextOptions};
 use crate::cache::{Layout, Middle, Pool, Reservation, Source};
 use crate::error::{Error, Result, invalid};
 use crate::model::Model;
-use crate::sampling::{Sampler, log_probability};
+use crate::sampling::Sampler;
 use crate::schedule::{Plan, Pruning, Ring, Sequences, Task, Wanted};
 use crate::stats::Stats;
 
@@ -358,7 +358,7 @@ impl Session {
             for i in 0..n {
                 let at = from + i;
                 if let Some(&next) = tokens.get(at + 1) {
-                    scores[at] = log_probability(context.logits(first + i)?, next as usize);
+                    scores[at] = context.log_probability(first + i, next as usize)?;
                 }
             }
             Ok(())
@@ -414,8 +414,8 @@ impl Session {
         Ok(self.has_logits[self.pool.check_seq(seq)?])
     }
 
-    /// Chooses the next token of `seq` by its logits, as [`Sampler::sample`] does with [`Session::logits`]. Where a GPU computes and the
-    /// sampler begins with a small top-k or takes the best token, the vocabulary does not leave the GPU.
+    /// Chooses the next token of `seq` by its logits, as [`Sampler::sample`] does with [`Session::logits`]. Where a GPU computes, and the
+    /// best 64 tokens and the sum of all probabilities tell what the sampler chooses, the vocabulary does not leave the GPU.
     ///
     /// # Errors
     /// Those of both.
@@ -429,12 +429,11 @@ impl Session {
     }
 
     fn sample_row(&self, logits_row: usize, sampler: &mut Sampler) -> Result<u32> {
-        if let Some(k) = sampler.best_wanted()
-            && k <= TOP
-            && self.model.hyper.n_vocab == sampler.n_vocab()
-            && let Some((tokens, logits)) = self.context.top(logits_row)
+        if self.model.hyper.n_vocab == sampler.n_vocab()
+            && let Some(top) = self.context.top(logits_row)
+            && let Some(token) = sampler.sample_top(&top)
         {
-            return sampler.sample_best(tokens, logits);
+            return Ok(token);
         }
         sampler.sample(self.context.logits(logits_row)?)
     }
@@ -946,4 +945,50 @@ fn use_up(flags: &[AtomicBool], parts: &[Part]) -> bool {
 pub fn default_threads() -> usize {
     let allowed = std::thread::available_parallelism().map_or(1, |n| n.get());
     allowed.min(num_cpus::get_physical()).max(1)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+    use std::sync::atomic::AtomicUsize;
+
+    use super::*;
+    use crate::model::{BackendKind, LoadOptions};
+
+    /// How often a pass of more rows than are captured as a graph asks whether it is cancelled; whenever it is, it ends.
+    fn asked(backend: BackendKind) -> (usize, usize) {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/english-phd-cswa-2-16-32");
+        let model = Arc::new(Model::load(&path, LoadOptions { backend, ..Default::default() }).unwrap());
+        let n_layers = model.hyper.n_layers;
+        let mut s =
+            Session::new(model, &SessionOptions { n_positions: 128, max_rows: 160, ..Default::default() }).unwrap();
+        s.prefill(0, &[7; 70]).unwrap();
+        let asked = |s: &mut Session, most: usize| {
+            let n = AtomicUsize::new(0);
+            let cancelled = || n.fetch_add(1, Ordering::Relaxed) >= most;
+            let result = s.context.run(&s.plan, &cancelled);
+            assert!(matches!(result, Ok(()) | Err(Error::Cancelled)), "{result:?}");
+            (result.is_ok(), n.into_inner())
+        };
+        let (is_done, n) = asked(&mut s, usize::MAX);
+        assert!(is_done);
+        for most in 0..n.min(20) {
+            let (is_done, so_often) = asked(&mut s, most);
+            assert!(!is_done && so_often == most + 1, "{so_often} after {most}");
+        }
+        (n, n_layers)
+    }
+
+    #[test]
+    fn a_pass_asks_several_times_a_layer() {
+        let (n, n_layers) = asked(BackendKind::Reference);
+        assert!(n >= n_layers, "{n}");
+    }
+
+    #[test]
+    #[ignore = "needs a GPU or the emulator: tests/cuda/run.sh"]
+    fn cuda_asks_before_the_pass_each_layer_and_the_outputs() {
+        let (n, n_layers) = asked(BackendKind::Cuda);
+        assert_eq!(n, n_layers + 2);
+    }
 }

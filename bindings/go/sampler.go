@@ -329,8 +329,8 @@ func (s *Sampler) RemoveConstraint() error {
 	return check(C.phd_sampler_remove_constraint(ptr, &e), e)
 }
 
-// Sample chooses a token from the sequence's logits, where they are, without copying them; on a GPU as far as the chain allows:
-// it takes the best token, or begins with a top-k of up to 64, and there is no constraint and no bias.
+// Sample chooses a token from the sequence's logits, where they are, without copying them; on a GPU wherever its best 64 tokens tell
+// what the sampler chooses, see docs/sampling.md.
 func (s *Sampler) Sample(q *Sequence) (Token, error) {
 	ptr, err := s.enter()
 	if err != nil {

@@ -14,6 +14,7 @@ use crate::cache::{BlockCopy, Layout};
 use crate::error::unsupported;
 use crate::error::{Error, Result};
 use crate::model::{BackendKind, Hyper, Weights};
+use crate::sampling::log_probability;
 use crate::schedule::Plan;
 use crate::tensor::{DType, quantize_row};
 
@@ -101,6 +102,21 @@ pub trait Backend: Send + Sync {
     fn context(self: Arc<Self>, options: &ContextOptions) -> Result<Box<dyn Context>>;
 }
 
+/// The best tokens of a row of logits, and what the others come to.
+#[derive(Clone, Copy, Debug)]
+pub struct Top<'a> {
+    /// Best first (of equal logits the lower token): [`TOP`], or as many as have a logit that is a number above -infinity.
+    pub tokens: &'a [u32],
+    /// Of those tokens.
+    pub logits: &'a [f32],
+    /// The sum of `exp(logit - the largest)` over the whole row, which a device has in f32: off by less than a part in
+    /// [`TOTAL_PARTS`].
+    pub total: f64,
+}
+
+/// See [`Top::total`]. Some 20 roundings of 2^-24, and of logits up to 100 below the largest one of 2^-18 to the exponent.
+pub const TOTAL_PARTS: f64 = 8192.0;
+
 /// Cache, rings and scratch of one session.
 pub trait Context: Send {
     /// Computes a pass. `cancelled` is asked several times a layer. After an error the cache rows and rings that the pass
@@ -112,10 +128,13 @@ pub trait Context: Send {
     /// `Backend`, here and below: the device does not do what is asked, and what would have been copied there is as it was or lost.
     fn logits(&self, row: usize) -> Result<&[f32]>;
     fn put_logits(&mut self, row: usize, logits: &[f32]);
-    /// The best tokens of a row of the logits buffer and their logits, best first (of equal logits the lower token), if the device has
-    /// looked for them: [`TOP`], or as many as have a logit that is a number above -infinity.
-    fn top(&self, _row: usize) -> Option<(&[u32], &[f32])> {
+    /// The best tokens of a row of the logits buffer, if the device has looked for them and there are any.
+    fn top(&self, _row: usize) -> Option<Top<'_>> {
         None
+    }
+    /// `ln softmax(row of the logits buffer)[token]`; -infinity if no logit is finite.
+    fn log_probability(&self, row: usize, token: usize) -> Result<f32> {
+        Ok(log_probability(self.logits(row)?, token))
     }
     fn copy_logits(&mut self, src: usize, dst: usize) -> Result<()>;
     /// A row of the embeddings buffer, `[n_embd]`: where the outputs of a plan of embeddings go.

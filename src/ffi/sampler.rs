@@ -428,8 +428,8 @@ pub unsafe extern "C" fn phd_sampler_sample(
 }
 
 /// Chooses the next token of `seq`: what phd_sampler_sample does with phd_logits, with the same outcome. Where a GPU computes, its
-/// logits are not even copied if the sampler takes the best token, or begins with a top-k of up to 64, and has neither constraint nor
-/// logit bias. The session is busy meanwhile, as in any call.
+/// logits are not even copied where its best 64 tokens tell what the sampler chooses, see docs/sampling.md. The session is busy
+/// meanwhile, as in any call.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn phd_sample(
     session: *const phd_session,

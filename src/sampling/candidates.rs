@@ -1,6 +1,7 @@
 //! The tokens still in play, and the stages that need nothing else.
 
 use super::math::{Xoshiro256pp, exp, ln};
+use crate::backend::{TOP, TOTAL_PARTS, Top};
 use crate::error::Result;
 
 /// A shrinking list of tokens with their logits.
@@ -13,8 +14,19 @@ pub struct Candidates {
     list: Vec<u64>,
     sorted: bool,
     temperature: f64,
+    /// Tokens that are in play and not in the list. The list is best first then, and `sorted` is false: it is about all of them.
+    others: Option<Others>,
     /// Scratch of the draw.
     weights: Vec<f64>,
+}
+
+/// What is known of tokens that are not in the list.
+#[derive(Debug, Clone, Copy)]
+struct Others {
+    /// They rank after this.
+    bound: u64,
+    /// Bounds of what [`Candidates::total`] would be, of them and the list together.
+    total: Option<[f64; 2]>,
 }
 
 impl Candidates {
@@ -23,6 +35,7 @@ impl Candidates {
             list: super::reserve("the sampler's candidates", n_vocab)?,
             sorted: false,
             temperature: 1.0,
+            others: None,
             weights: super::reserve("the sampler's weights", n_vocab)?,
         })
     }
@@ -30,7 +43,7 @@ impl Candidates {
     /// Starts anew with (token, logit), tokens ascending; NaN and -inf are left out, +inf is the largest finite f32. If only the best
     /// `k` will be wanted (0 = all), others may be missing.
     pub fn fill(&mut self, logits: impl Iterator<Item = (u32, f32)>, k: usize) {
-        (self.sorted, self.temperature) = (false, 1.0);
+        (self.sorted, self.temperature, self.others) = (false, 1.0, None);
         self.list.clear();
         let usable = logits.filter(|&(_, l)| !l.is_nan() && l != f32::NEG_INFINITY);
         let ranks = usable.map(|(token, l)| rank(l.min(f32::MAX), token));
@@ -53,6 +66,91 @@ impl Candidates {
         }
     }
 
+    /// Starts anew with the best tokens, of which there is one at least. While [`Candidates::has_others`], only the methods that drop
+    /// them may be called.
+    pub fn fill_top(&mut self, top: &Top) {
+        let all = top.tokens.iter().copied().zip(top.logits.iter().copied());
+        self.fill(all, 0);
+        if top.tokens.len() < TOP {
+            self.list.sort_unstable_by_key(|&c| token(c));
+        } else {
+            let total = Some([1.0 - 1.0 / TOTAL_PARTS, 1.0 + 1.0 / TOTAL_PARTS].map(|f| f * top.total));
+            self.others = self.list.last().map(|&bound| Others { bound, total });
+        }
+    }
+
+    pub fn has_others(&self) -> bool {
+        self.others.is_some()
+    }
+
+    pub fn is_heated(&self) -> bool {
+        self.temperature != 1.0
+    }
+
+    /// [`Candidates::edit`] for an `f` that raises no logit, before any heat.
+    pub fn lower(&mut self, f: impl FnMut(u32, f64) -> f64) {
+        self.edit(f);
+        self.list.sort_unstable();
+        self.others.iter_mut().for_each(|o| o.total = None);
+    }
+
+    /// [`Candidates::top_k`] of all tokens, unless the list does not tell which these are.
+    pub fn top_k_of_all(&mut self, k: usize) {
+        // The bound may be in the list, where nothing has lowered it.
+        if let Some(others) = self.others
+            && k > 0
+            && self.list.get(k - 1).is_some_and(|&c| c <= others.bound)
+        {
+            self.list.truncate(k);
+            (self.sorted, self.others) = (true, None);
+        }
+    }
+
+    /// The same of [`Candidates::top_p`].
+    pub fn top_p_of_all(&mut self, p: f64, min_keep: usize) {
+        let Some(Others { total: Some(total), .. }) = self.others else { return };
+        let max = self.max();
+        let [low, high] = total.map(|t| p * t);
+        let mut sum = 0.0;
+        for i in 0..self.list.len() {
+            sum += exp(self.exponent(self.list[i], max));
+            // Where the sum passes one bound and not the other, nobody knows.
+            if sum >= low && i + 1 >= min_keep {
+                if sum >= high {
+                    self.list.truncate(i + 1);
+                    (self.sorted, self.others) = (true, None);
+                }
+                return;
+            }
+        }
+    }
+
+    /// The same of [`Candidates::min_p`].
+    pub fn min_p_of_all(&mut self, p: f64, min_keep: usize) {
+        let Some(others) = self.others else { return };
+        let max = self.max();
+        // A margin above what `exp` is off by. The best token may have been lowered below others.
+        if self.list[0] > others.bound || exp(self.exponent(others.bound, max)) >= p * (1.0 - 1e-12) {
+            return;
+        }
+        if self.list.iter().filter(|&&c| exp(self.exponent(c, max)) >= p).count() < min_keep {
+            return self.top_k_of_all(min_keep);
+        }
+        self.others = None;
+        self.list.sort_unstable_by_key(|&c| token(c));
+        self.min_p(p, min_keep);
+    }
+
+    /// [`Candidates::heat`]; 0 leaves the best of all tokens alone, if it is in the list.
+    pub fn heat_all(&mut self, temperature: f64) {
+        if temperature > 0.0 {
+            self.heat(temperature);
+            self.others.iter_mut().for_each(|o| o.total = None);
+        } else {
+            self.top_k_of_all(1);
+        }
+    }
+
     pub fn len(&self) -> usize {
         self.list.len()
     }
@@ -64,7 +162,7 @@ impl Candidates {
 
     /// The best candidate's logit; there is one wherever this is called.
     fn max(&self) -> f64 {
-        let best = if self.sorted { self.list.first() } else { self.list.iter().min() };
+        let best = if self.sorted || self.has_others() { self.list.first() } else { self.list.iter().min() };
         best.map_or(0.0, |&c| logit(c))
     }
 

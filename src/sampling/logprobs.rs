@@ -40,6 +40,11 @@ pub(crate) fn log_probability(logits: &[f32], token: usize) -> f32 {
     Row::new(logits).map_or(f32::NEG_INFINITY, |row| row.log_probability(token))
 }
 
+/// The same of one logit, by the largest and the sum of `exp(logit - largest)`.
+pub(crate) fn log_probability_of(logit: f32, largest: f32, total: f64) -> f32 {
+    (f64::from(clean(logit)) - f64::from(clean(largest)) - ln(total)) as f32
+}
+
 /// `out[i] = ln softmax(logits)[tokens[i]]`, summed in f64.
 ///
 /// # Errors

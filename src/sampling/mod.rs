@@ -18,10 +18,11 @@ use std::collections::VecDeque;
 use candidates::Candidates;
 use constraint::Constraint;
 use dry::{Breakers, Dry};
-pub(crate) use logprobs::log_probability;
 pub use logprobs::{log_probabilities, top_log_probabilities};
+pub(crate) use logprobs::{log_probability, log_probability_of};
 use math::Xoshiro256pp;
 
+use crate::backend::Top;
 use crate::error::{Error, Result, invalid};
 use crate::tokenizer::Tokenizer;
 
@@ -529,27 +530,59 @@ impl Sampler {
     /// sampler is then what it was.
     pub fn sample(&mut self, logits: &[f32]) -> Result<u32> {
         self.collect(logits, self.leading_k())?;
-        Ok(self.choose())
+        Ok(self.choose(0))
     }
 
-    /// How many of the best tokens are all that [`Sampler::sample`] would look at now; `None` if it is not so.
-    pub(crate) fn best_wanted(&self) -> Option<usize> {
-        let k = self.leading_k();
-        (k > 0 && self.constraint.is_none() && self.bias.is_empty()).then_some(k)
-    }
-
-    /// [`Sampler::sample`] of the best tokens alone, at least [`Sampler::best_wanted`] of them or all that have a logit.
-    pub(crate) fn sample_best(&mut self, tokens: &[u32], logits: &[f32]) -> Result<u32> {
-        self.candidates.fill(tokens.iter().copied().zip(logits.iter().copied()), self.leading_k());
-        if self.candidates.len() == 0 {
-            return Err(nothing_left());
+    /// What [`Sampler::sample`] chooses of the whole row, if the best tokens tell; else `None`, and nothing has happened.
+    pub(crate) fn sample_top(&mut self, top: &Top) -> Option<u32> {
+        if self.constraint.is_some() || !self.bias.is_empty() || top.tokens.is_empty() {
+            return None;
         }
-        Ok(self.choose())
+        let k = self.leading_k();
+        if (1..=top.tokens.len()).contains(&k) {
+            self.candidates.fill(top.tokens.iter().copied().zip(top.logits.iter().copied()), k);
+            return Some(self.choose(0));
+        }
+        self.candidates.fill_top(top);
+        let n_done = self.drop_others()?;
+        Some(self.choose(n_done))
     }
 
-    /// Runs the chain on the candidates and draws.
-    fn choose(&mut self) -> u32 {
-        self.run_stages();
+    /// Runs stages on the best tokens until one drops all others, and says how many have been run. `None` if the best tokens do not tell
+    /// what a stage does. Draws nothing.
+    fn drop_others(&mut self) -> Option<usize> {
+        for i in 0..self.stages.len() {
+            let candidates = &mut self.candidates;
+            if !candidates.has_others() {
+                return Some(i);
+            }
+            match self.stages[i] {
+                Stage::Penalties { .. } if self.history.is_empty() => {}
+                Stage::Penalties { last_n, repetition, frequency, presence }
+                    if repetition >= 1.0 && frequency >= 0.0 && presence >= 0.0 && !candidates.is_heated() =>
+                {
+                    let penalties = [repetition, frequency, presence].map(f64::from);
+                    penalize(&self.history, last_n, &mut self.marks, penalties, |f| candidates.lower(f));
+                }
+                Stage::TopK { k } => candidates.top_k_of_all(k as usize),
+                Stage::TopP { p, min_keep } => candidates.top_p_of_all(p.into(), min_keep as usize),
+                Stage::MinP { p, min_keep } => candidates.min_p_of_all(p.into(), min_keep as usize),
+                Stage::Temperature { temperature, range: 0.0, .. } => candidates.heat_all(temperature.into()),
+                Stage::Greedy => candidates.top_k_of_all(1),
+                _ => return None,
+            }
+            // These pass others on; what cuts and could not does not.
+            let passes = matches!(self.stages[i], Stage::Penalties { .. } | Stage::Temperature { .. });
+            if self.candidates.has_others() && !passes {
+                return None;
+            }
+        }
+        (!self.candidates.has_others()).then_some(self.stages.len())
+    }
+
+    /// Runs the chain but for its first stages on the candidates and draws.
+    fn choose(&mut self, n_done: usize) -> u32 {
+        self.run_stages(n_done);
         match self.stages.last() {
             Some(Stage::Greedy) => {
                 self.candidates.keep_best();
@@ -576,7 +609,7 @@ impl Sampler {
             _ => 0,
         };
         self.collect(logits, k)?;
-        self.run_stages();
+        self.run_stages(0);
         Ok(self.candidates.iter())
     }
 
@@ -623,24 +656,14 @@ impl Sampler {
         }
     }
 
-    fn run_stages(&mut self) {
+    fn run_stages(&mut self, n_done: usize) {
         let candidates = &mut self.candidates;
-        for &stage in &self.stages {
+        for &stage in &self.stages[n_done..] {
             match stage {
                 Stage::Penalties { .. } if self.history.is_empty() => {}
                 Stage::Penalties { last_n, repetition, frequency, presence } => {
-                    let [repetition, frequency, presence] = [repetition, frequency, presence].map(f64::from);
-                    let (marks, skip) = (&mut self.marks, self.history.len().saturating_sub(last_n as usize));
-                    let recent = || self.history.range(skip..).map(|&t| t as usize);
-                    recent().for_each(|t| marks.get_mut(t).into_iter().for_each(|m| *m += 1));
-                    candidates.edit(|token, logit| match marks[token as usize] {
-                        0 => logit,
-                        count => {
-                            let logit = if logit <= 0.0 { logit * repetition } else { logit / repetition };
-                            logit - (f64::from(count) * frequency + presence)
-                        }
-                    });
-                    recent().for_each(|t| marks.get_mut(t).into_iter().for_each(|m| *m = 0));
+                    let penalties = [repetition, frequency, presence].map(f64::from);
+                    penalize(&self.history, last_n, &mut self.marks, penalties, |f| candidates.edit(f));
                 }
                 Stage::Dry { multiplier, base, allowed_length, last_n } => {
                     let dry = Dry { multiplier, base, allowed_length, last_n };
@@ -701,6 +724,27 @@ impl Sampler {
             self.mu = 2.0 * f64::from(*tau);
         }
     }
+}
+
+/// [`Stage::Penalties`]: has `edit` change logits by what it is given. `marks` are zeros before and afterwards.
+fn penalize(
+    history: &VecDeque<u32>,
+    last_n: u32,
+    marks: &mut [u32],
+    [repetition, frequency, presence]: [f64; 3],
+    edit: impl FnOnce(&dyn Fn(u32, f64) -> f64),
+) {
+    let skip = history.len().saturating_sub(last_n as usize);
+    let recent = || history.range(skip..).map(|&t| t as usize);
+    recent().for_each(|t| marks.get_mut(t).into_iter().for_each(|m| *m += 1));
+    edit(&|token, logit| match marks[token as usize] {
+        0 => logit,
+        count => {
+            let logit = if logit <= 0.0 { logit * repetition } else { logit / repetition };
+            logit - (f64::from(count) * frequency + presence)
+        }
+    });
+    recent().for_each(|t| marks.get_mut(t).into_iter().for_each(|m| *m = 0));
 }
 
 fn nothing_left() -> Error {

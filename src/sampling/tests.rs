@@ -2,6 +2,7 @@ use proptest::prelude::*;
 
 use super::candidates::{logit, rank, token};
 use super::*;
+use crate::backend::{TOP, TOTAL_PARTS};
 
 /// Every stage off.
 fn plain() -> SamplerParams {
@@ -284,7 +285,7 @@ fn the_choice_is_that_of_all_candidates() {
             let logits = random_logits(&mut rng, 3000, 2.0, round % 2 == 0);
             let mut twin = s.clone();
             twin.candidates.fill((0..).zip(logits.iter().copied()), 0);
-            assert_eq!(s.sample(&logits).unwrap(), twin.choose(), "{stages:?}");
+            assert_eq!(s.sample(&logits).unwrap(), twin.choose(0), "{stages:?}");
             assert_eq!((s.rng.uniform(), s.mu), (twin.rng.uniform(), twin.mu), "{stages:?}");
             if round > 20 {
                 s.accept(round).unwrap(); // from now on penalties have something to look at
@@ -689,4 +690,90 @@ fn ranks_order_and_decode() {
         assert_eq!((logit(rank(l, u32::MAX)), token(rank(l, u32::MAX))), (f64::from(l), u32::MAX));
     }
     assert!(rank(-0.0, 1) < rank(0.0, 2));
+}
+
+/// The best tokens of a row, as a device finds them, and a sum that is off by `error`.
+fn best_of(logits: &[f32], error: f64) -> (Vec<u32>, Vec<f32>, f64) {
+    let mut ranks: Vec<u64> = (0..logits.len()).map(|t| rank(logits[t], t as u32)).collect();
+    ranks.sort_unstable();
+    ranks.truncate(TOP);
+    let tokens: Vec<u32> = ranks.iter().map(|&r| token(r)).collect();
+    let max = f64::from(logits[tokens[0] as usize]);
+    let total: f64 = logits.iter().map(|&l| (f64::from(l) - max).exp()).sum();
+    let values = tokens.iter().map(|&t| logits[t as usize]).collect();
+    (tokens, values, total * (1.0 + error / TOTAL_PARTS))
+}
+
+/// How often the best tokens told the choice, in `draws` draws by chains of these stages, which are then the choices by all logits.
+fn told_by_the_best(stages: &[Stage], rng: &mut Xoshiro256pp, draws: usize) -> usize {
+    let mut told = 0;
+    for round in 0..draws {
+        let n = [1, 40, 63, 64, 65, 500, 3000][rng.next() as usize % 7];
+        let scale = [0.3, 2.0, 6.0][rng.next() as usize % 3];
+        let logits = random_logits(rng, n, scale, round % 3 == 0);
+        let mut one = chain(stages, n);
+        for _ in 0..rng.next() % 50 {
+            // Many of them are among the best.
+            let best = (0..n as u32).max_by(|&a, &b| logits[a as usize].total_cmp(&logits[b as usize])).unwrap();
+            let any = rng.next() as u32 % n as u32;
+            one.accept([any, best][rng.next() as usize % 2]).unwrap();
+        }
+        let mut twin = one.clone();
+        let (tokens, values, total) = best_of(&logits, rng.uniform() * 1.99 - 0.995);
+        for _ in 0..3 {
+            let found = one.sample_top(&Top { tokens: &tokens, logits: &values, total });
+            told += usize::from(found.is_some());
+            let found = found.map_or_else(|| one.sample(&logits).unwrap(), |token| token);
+            assert_eq!(found, twin.sample(&logits).unwrap(), "{n} tokens, {scale}, {stages:?}");
+            assert!(one.rng.0 == twin.rng.0 && one.mu == twin.mu, "{stages:?}");
+        }
+    }
+    told
+}
+
+#[test]
+fn the_best_tokens_tell_what_all_would() {
+    let mut rng = Xoshiro256pp::new(7);
+    let heat = |temperature| Stage::Temperature { temperature, range: 0.0, exponent: 1.0 };
+    let penalties = Stage::Penalties { last_n: 32, repetition: 1.3, frequency: 0.2, presence: 0.1 };
+    let raising = Stage::Penalties { last_n: 32, repetition: 0.8, frequency: 0.0, presence: -0.5 };
+    let (top_k, top_p, min_p) =
+        (Stage::TopK { k: 20 }, Stage::TopP { p: 0.7, min_keep: 3 }, Stage::MinP { p: 0.3, min_keep: 2 });
+    // Chains, and whether the best tokens tell more often than where they are all.
+    for (stages, most) in [
+        (vec![top_p], true),
+        (vec![top_p, heat(0.7), top_k], true),
+        (vec![min_p, heat(1.5)], true),
+        (vec![min_p, top_p], true),
+        (vec![heat(0.5), min_p], true),
+        (vec![heat(0.5), top_k, top_p], true),
+        (vec![penalties, top_k], true),
+        (vec![penalties, min_p], true),
+        (vec![penalties, Stage::Greedy], true),
+        (vec![penalties, heat(0.0)], true),
+        (vec![penalties, penalties, top_k, Stage::MirostatV2 { tau: 2.0, eta: 0.1 }], true),
+        (vec![top_p, Stage::Xtc { probability: 0.5, threshold: 0.1, min_keep: 1 }], true),
+        (vec![raising, top_k], false),
+        (vec![heat(0.5), penalties, top_k], false),
+        (vec![heat(0.5), top_p], false),
+        (vec![penalties, top_p], false),
+        (vec![Stage::TypicalP { p: 0.5, min_keep: 1 }, top_k], false),
+        (vec![Stage::TopK { k: 100 }], false),
+        (vec![heat(0.9)], false),
+        (vec![], false),
+    ] {
+        let told = told_by_the_best(&stages, &mut rng, 300);
+        // They are all in four vocabularies of seven.
+        assert_eq!(told > 900 * 9 / 14, most, "{told} of 900 by {stages:?}");
+    }
+    // In any order.
+    let all = [penalties, raising, top_k, top_p, min_p, heat(0.8), heat(2.0), Stage::TopNSigma { n: 1.5 }];
+    for _ in 0..300 {
+        let stages: Vec<Stage> = (0..rng.next() % 5).map(|_| all[rng.next() as usize % all.len()]).collect();
+        told_by_the_best(&stages, &mut rng, 10);
+    }
+    // A bias or a constraint is about all tokens.
+    let mut biased = chain(&[top_k], 3);
+    biased.add_logit_bias([(1, 0.5)].into_iter()).unwrap();
+    assert_eq!(biased.sample_top(&Top { tokens: &[0], logits: &[1.0], total: 1.0 }), None);
 }

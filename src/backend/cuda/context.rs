@@ -12,10 +12,11 @@ use super::params::{
 use super::plan::{self, LayerLists, Shape, Splits};
 use super::weights::{DeviceLayer, DeviceMatrix};
 use super::{Cuda, FEW_ROWS, Sums, THREADS, gemm, weights};
-use crate::backend::{CacheType, Context, ContextMemory, ContextOptions, TOP};
+use crate::backend::{CacheType, Context, ContextMemory, ContextOptions, TOP, Top};
 use crate::cache::BlockCopy;
 use crate::error::{Error, Result};
 use crate::model::{Hyper, NormPlacement, QkNorm, RopePairs};
+use crate::sampling::{log_probability, log_probability_of};
 use crate::schedule::Plan;
 
 /// Of the attention kernels.
@@ -205,16 +206,20 @@ struct Step {
 struct Tops {
     n_chunks: usize,
     keys: Buffer,   // (output, chunk, TOP)
+    parts: Buffer,  // (output, chunk, 2)
     tokens: Buffer, // (output, TOP)
     values: Buffer, // (output, TOP)
+    totals: Buffer, // (output)
 }
 
 /// A row of logits as the host knows it.
 struct Row {
     /// Its logits have been copied to the host, or put there.
     is_here: AtomicBool,
-    /// How many of the best are in `CudaContext::best`.
+    /// How many of the best are in `CudaContext::best_tokens`.
     n_best: usize,
+    /// See [`Top::total`].
+    total: f32,
 }
 
 pub struct CudaContext {
@@ -226,7 +231,7 @@ pub struct CudaContext {
     rows: Vec<Row>,        // (logits row)
     best_tokens: Vec<u32>, // (logits row, TOP)
     best_values: Vec<f32>, // (logits row, TOP)
-    found: [Pinned; 2],    // (output, TOP): tokens and values of the running pass
+    found: [Pinned; 3],    // (output, TOP): tokens and values of the running pass; (output): totals
     embeddings: Pinned,    // (embedding, n_embd)
     /// (k or v, row, row_bytes): cached rows in the device's order. Held by whoever copies between host and device aside of a pass.
     staged: Mutex<Pinned>,
@@ -319,10 +324,10 @@ impl CudaContext {
             packed: Pinned::new(&model.device, "scratch", plan_bytes)?,
             shape: Shape { layers: Vec::with_capacity(h.n_layers), ..Shape::default() },
             logits: host("the logits", options.n_logits, h.n_vocab)?,
-            rows: (0..options.n_logits).map(|_| Row { is_here: AtomicBool::new(true), n_best: 0 }).collect(),
+            rows: (0..options.n_logits).map(|_| Row::put()).collect(),
             best_tokens: vec![0; options.n_logits * TOP],
             best_values: vec![0.0; options.n_logits * TOP],
-            found: [host("scratch", n_head, TOP)?, host("scratch", n_head, TOP)?],
+            found: [host("scratch", n_head, TOP)?, host("scratch", n_head, TOP)?, host("scratch", n_head, 1)?],
             embeddings: host("the embeddings", options.n_embeddings, h.n_embd)?,
             staged: Mutex::new(Pinned::new(&model.device, "scratch", staged_bytes)?),
             step,
@@ -334,7 +339,6 @@ impl CudaContext {
             return Err(Error::Cancelled);
         }
         let model = self.step.model.clone();
-        let _entered = model.device.enter()?;
         let packed = self.packed.as_mut_slice();
         let used = plan::pack(plan, &model.hyper, TILE_QUERIES, &self.step.splits, packed, &mut self.shape);
         // SAFETY: both buffers have the capacity of any plan; nothing writes `packed` before the pass has been waited for.
@@ -347,6 +351,9 @@ impl CudaContext {
         }
         self.step.layers(&self.shape, Some(cancelled))?;
         for first in (0..n_outputs).step_by(at_once) {
+            if cancelled() {
+                return Err(Error::Cancelled);
+            }
             let n = at_once.min(n_outputs - first);
             self.step.outputs(&self.shape, first, n)?;
             self.fetch(plan, first, n)?;
@@ -362,10 +369,15 @@ impl CudaContext {
             self.graphs.push_back(known);
         } else {
             let (step, shape) = (&self.step, &self.shape);
-            let graph = step.stream.capture(|| {
+            let all = || {
                 step.layers(shape, None)?;
                 step.outputs(shape, 0, shape.n_outputs as usize)
-            })?;
+            };
+            let graph = match step.stream.capture(all) {
+                // A graph takes memory, which may be had by no more than launching its kernels one by one.
+                Err(Error::OutOfMemory { .. }) => return all(),
+                captured => captured?,
+            };
             if self.graphs.len() == MAX_GRAPHS {
                 self.graphs.pop_front();
             }
@@ -399,12 +411,13 @@ impl CudaContext {
             self.rows[row].n_best = 0;
         }
         let Some(tops) = &step.tops else { return Ok(()) };
-        for (to, from) in self.found.iter_mut().zip([&tops.tokens, &tops.values]) {
+        for (to, from) in self.found.iter_mut().zip([&tops.tokens, &tops.values, &tops.totals]) {
+            let bytes = to.bytes() / step.head_rows() * n;
             // SAFETY: waited for right below.
-            unsafe { step.stream.download(&mut to.as_mut_slice()[..n * TOP * 4], from.address())? };
+            unsafe { step.stream.download(&mut to.as_mut_slice()[..bytes], from.address())? };
         }
         step.stream.synchronize()?;
-        let [tokens, values] = &self.found;
+        let [tokens, values, totals] = &self.found;
         for (i, output) in outputs.iter().enumerate() {
             let row = output.logits as usize;
             let (found, best) = (i * TOP..(i + 1) * TOP, row * TOP..(row + 1) * TOP);
@@ -412,6 +425,7 @@ impl CudaContext {
             let best = &mut self.best_tokens[best];
             best.iter_mut().zip(&tokens.floats()[found]).for_each(|(b, t)| *b = t.to_bits());
             self.rows[row].n_best = best.iter().take_while(|&&t| t != u32::MAX).count();
+            self.rows[row].total = totals.floats()[i];
         }
         Ok(())
     }
@@ -431,6 +445,26 @@ impl CudaContext {
         })?;
         self.rows[row].is_here.store(true, Ordering::Release);
         Ok(())
+    }
+
+    /// One logit of a row, which stays where it is.
+    fn logit(&self, row: usize, token: usize) -> Result<f32> {
+        if self.rows[row].is_here.load(Ordering::Acquire) {
+            return Ok(self.logits(row)?[token]);
+        }
+        let at = self.step.logits.at((row * self.step.model.hyper.n_vocab + token) * 4);
+        let mut staged = lock(&self.staged);
+        let to = &mut staged.as_mut_slice()[..4];
+        // SAFETY: waited for.
+        self.step.wait_for(|step| unsafe { step.stream.download(to, at) })?;
+        Ok(staged.floats()[0])
+    }
+}
+
+impl Row {
+    /// One that the device has not computed.
+    fn put() -> Row {
+        Row { is_here: AtomicBool::new(true), n_best: 0, total: 0.0 }
     }
 }
 
@@ -722,6 +756,8 @@ impl Step {
             keys: tops.keys.address(),
             tokens: tops.tokens.address(),
             values: tops.values.address(),
+            parts: tops.parts.address(),
+            totals: tops.totals.address(),
             n_vocab: self.model.hyper.n_vocab as u32,
             n_chunks: tops.n_chunks as u32,
         };
@@ -742,19 +778,27 @@ impl Tops {
             return Ok(None);
         }
         let new = |bytes: usize| Buffer::new(&model.device, SCRATCH, rows * bytes);
-        Ok(Some(Tops { n_chunks, keys: new(n_chunks * TOP * 8)?, tokens: new(TOP * 4)?, values: new(TOP * 4)? }))
+        Ok(Some(Tops {
+            n_chunks,
+            keys: new(n_chunks * TOP * 8)?,
+            parts: new(n_chunks * 8)?,
+            tokens: new(TOP * 4)?,
+            values: new(TOP * 4)?,
+            totals: new(4)?,
+        }))
     }
 
     fn bytes(&self) -> usize {
-        self.keys.bytes() + self.tokens.bytes() + self.values.bytes()
+        [&self.keys, &self.parts, &self.tokens, &self.values, &self.totals].into_iter().map(Buffer::bytes).sum()
     }
 }
 
 impl Context for CudaContext {
     fn run(&mut self, plan: &Plan, cancelled: &(dyn Fn() -> bool + Sync)) -> Result<()> {
+        let model = self.step.model.clone();
+        let _entered = model.device.enter()?;
         let done = self.pass(plan, cancelled);
         // Whatever became of it: what is queued must be through before the host goes on.
-        let _entered = self.step.model.device.enter()?;
         let waited = self.step.stream.synchronize();
         done.and(waited)
     }
@@ -766,14 +810,30 @@ impl Context for CudaContext {
     }
 
     fn put_logits(&mut self, row: usize, logits: &[f32]) {
-        self.rows[row] = Row { is_here: AtomicBool::new(true), n_best: 0 };
+        self.rows[row] = Row::put();
         let n = self.step.model.hyper.n_vocab;
         self.logits.floats_mut()[row * n..(row + 1) * n].copy_from_slice(logits);
     }
 
-    fn top(&self, row: usize) -> Option<(&[u32], &[f32])> {
+    fn top(&self, row: usize) -> Option<Top<'_>> {
         let best = row * TOP..row * TOP + self.rows[row].n_best;
-        (!best.is_empty()).then(|| (&self.best_tokens[best.clone()], &self.best_values[best]))
+        let total = f64::from(self.rows[row].total);
+        (!best.is_empty()).then(|| Top {
+            tokens: &self.best_tokens[best.clone()],
+            logits: &self.best_values[best],
+            total,
+        })
+    }
+
+    fn log_probability(&self, row: usize, token: usize) -> Result<f32> {
+        let Some(top) = self.top(row) else {
+            return Ok(log_probability(self.logits(row)?, token));
+        };
+        let logit = match top.tokens.iter().position(|&t| t as usize == token) {
+            Some(i) => top.logits[i],
+            None => self.logit(row, token)?,
+        };
+        Ok(log_probability_of(logit, top.logits[0], top.total))
     }
 
     fn copy_logits(&mut self, src: usize, dst: usize) -> Result<()> {
@@ -790,7 +850,7 @@ impl Context for CudaContext {
             unsafe { step.stream.copy(step.logits.at(dst * n * 4), step.logits.at(src * n * 4), n * 4)? };
         }
         *self.rows[dst].is_here.get_mut() = *self.rows[src].is_here.get_mut();
-        self.rows[dst].n_best = self.rows[src].n_best;
+        (self.rows[dst].n_best, self.rows[dst].total) = (self.rows[src].n_best, self.rows[src].total);
         self.best_tokens.copy_within(src * TOP..(src + 1) * TOP, dst * TOP);
         self.best_values.copy_within(src * TOP..(src + 1) * TOP, dst * TOP);
         Ok(())
@@ -882,9 +942,11 @@ impl Context for CudaContext {
                 + (self.best_tokens.len() + self.best_values.len()) * 4
                 + gemm.as_ref().map_or(0, gemm::Workspace::bytes)
                 + lock(&self.staged).bytes()
-                + [&self.packed, &self.logits, &self.embeddings, &self.found[0], &self.found[1]]
-                    .map(Pinned::bytes)
+                + self
+                    .found
                     .iter()
+                    .chain([&self.packed, &self.logits, &self.embeddings])
+                    .map(Pinned::bytes)
                     .sum::<usize>(),
         }
     }

@@ -60,5 +60,8 @@ params! {
         partial: Address, act: Activations, rows: Address, enter: Address, entries: Address, ring: KeyValues, fresh: KeyValues,
         n: u32, n_heads: u32, head_dim: u32, heads: u32, splits: u32, ring_capacity: u32, row_bytes: u32, unused: u32,
     }
-    TopParams = 40 { logits: Address, keys: Address, tokens: Address, values: Address, n_vocab: u32, n_chunks: u32 }
+    TopParams = 56 {
+        logits: Address, keys: Address, tokens: Address, values: Address, parts: Address, totals: Address, n_vocab: u32,
+        n_chunks: u32,
+    }
 }
