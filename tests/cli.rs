@@ -183,7 +183,6 @@ fn mistakes_are_explained() {
     for (arguments, code, word) in [
         (vec!["run", "/no/such/model", "-p", "x"], 1, "/no/such/model"),
         (vec!["run", "MODEL", "-p", ""], 1, "no tokens"),
-        (vec!["run", "MODEL", "-p", "x", "--backend", "cuda"], 1, "CUDA"),
         (vec!["run", "MODEL", "-p", "x", "--cache", "q2"], 2, "q8_0"),
         (vec!["run", "MODEL"], 2, "--prompt"),
         (vec!["chat", "MODEL"], 1, "chat template"),

@@ -7,6 +7,8 @@ mod gguf;
 #[cfg(feature = "ggml")]
 #[path = "common/llama.rs"]
 mod llama;
+#[path = "common/wide.rs"]
+mod wide;
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -22,6 +24,7 @@ use phd::session::{CacheType, Session, SessionOptions};
 use phd::tensor::{DType, dequantize_row};
 use serde_json::{Value as Json, json};
 use tempfile::TempDir;
+use wide::noise;
 
 /// Texts on which tokenizers differ.
 const TEXTS: [&str; 8] = [
@@ -102,19 +105,6 @@ fn altered(source: &Path, config: impl Fn(&mut Json), more: &[(&str, Vec<usize>,
     }
     safetensors::serialize_to_file(tensors, None, &folder.path().join("model.safetensors")).unwrap();
     folder
-}
-
-/// Numbers that repeat never and mean nothing.
-fn noise(n: usize, seed: u32, scale: f32) -> Vec<f32> {
-    let mut state = seed.wrapping_mul(2654435769).wrapping_add(1);
-    let mut next = || {
-        state ^= state << 13;
-        state ^= state >> 17;
-        state ^= state << 5;
-        state as f32 / u32::MAX as f32 - 0.5
-    };
-    // Four uniform ones make nearly a normal one.
-    (0..n).map(|_| (next() + next() + next() + next()) * scale).collect()
 }
 
 /// llama-vanilla with a bias on every linear layer of the first block.
@@ -484,42 +474,10 @@ fn ends_of_generation_survive() {
     assert!(summary.notes.iter().any(|n| n.contains("token 19")), "{:?}", summary.notes);
 }
 
-/// A llama of width 512, so that every type's blocks fit; 1.4 million parameters of noise.
+/// Every type's blocks fit into it.
 fn wide() -> TempDir {
     let folder = temporary();
-    let config = json!({
-        "model_type": "llama", "hidden_size": 512, "intermediate_size": 768, "num_hidden_layers": 1,
-        "num_attention_heads": 8, "num_key_value_heads": 2, "vocab_size": 256, "rms_norm_eps": 1e-5,
-        "max_position_embeddings": 512, "tie_word_embeddings": false, "phd": {"copies": 3, "window": 8, "chunk": 16},
-    });
-    std::fs::write(folder.path().join("config.json"), config.to_string()).unwrap();
-    let layer = "model.layers.0";
-    let shapes: Vec<(String, Vec<usize>)> = vec![
-        ("model.embed_tokens.weight".to_owned(), vec![256, 512]),
-        ("lm_head.weight".to_owned(), vec![256, 512]),
-        ("model.norm.weight".to_owned(), vec![512]),
-        (format!("{layer}.input_layernorm.weight"), vec![512]),
-        (format!("{layer}.post_attention_layernorm.weight"), vec![512]),
-        (format!("{layer}.self_attn.q_proj.weight"), vec![512, 512]),
-        (format!("{layer}.self_attn.k_proj.weight"), vec![128, 512]),
-        (format!("{layer}.self_attn.v_proj.weight"), vec![128, 512]),
-        (format!("{layer}.self_attn.o_proj.weight"), vec![512, 512]),
-        (format!("{layer}.mlp.gate_proj.weight"), vec![768, 512]),
-        (format!("{layer}.mlp.up_proj.weight"), vec![768, 512]),
-        (format!("{layer}.mlp.down_proj.weight"), vec![512, 768]),
-    ];
-    let data: Vec<(String, Vec<usize>, Vec<u8>)> = shapes
-        .into_iter()
-        .enumerate()
-        .map(|(i, (name, shape))| {
-            let values = noise(shape.iter().product(), 77 + i as u32, if shape.len() == 1 { 1.0 } else { 0.1 });
-            (name, shape, values.iter().flat_map(|v| v.to_le_bytes()).collect())
-        })
-        .collect();
-    let tensors = data.iter().map(|(name, shape, bytes)| {
-        (name, safetensors::tensor::TensorView::new(safetensors::Dtype::F32, shape.clone(), bytes).unwrap())
-    });
-    safetensors::serialize_to_file(tensors, None, &folder.path().join("model.safetensors")).unwrap();
+    wide::write(folder.path(), |_| safetensors::Dtype::F32);
     folder
 }
 

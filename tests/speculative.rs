@@ -7,7 +7,7 @@ mod common;
 use std::sync::{Arc, Mutex};
 
 use allocations::COUNT;
-use common::{Golden, demo_model, golden, load};
+use common::{Golden, demo_model, golden, load, on_cuda};
 use phd::model::{BackendKind, Model};
 use phd::sampling::constraint::Constraint;
 use phd::sampling::{Sampler, SamplerParams};
@@ -16,7 +16,8 @@ use phd::speculative::{DraftModel, Drafter, PromptLookup, Speculator, Speculator
 use phd::{Error, Result};
 
 fn options(n_positions: usize, n_draft: usize) -> SessionOptions {
-    SessionOptions { n_positions, n_draft, n_threads: 1, ..Default::default() }
+    // To the bit, on a GPU too.
+    SessionOptions { n_positions, n_draft, n_threads: 1, batch_invariant: on_cuda(), ..Default::default() }
 }
 
 fn session(model: &Arc<Model>, n_positions: usize, n_draft: usize) -> Session {
