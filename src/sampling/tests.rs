@@ -723,7 +723,7 @@ fn told_by_the_best(stages: &[Stage], rng: &mut Xoshiro256pp, draws: usize) -> u
         for _ in 0..3 {
             let found = one.sample_top(&Top { tokens: &tokens, logits: &values, total });
             told += usize::from(found.is_some());
-            let found = found.map_or_else(|| one.sample(&logits).unwrap(), |token| token);
+            let found = found.unwrap_or_else(|| one.sample(&logits).unwrap());
             assert_eq!(found, twin.sample(&logits).unwrap(), "{n} tokens, {scale}, {stages:?}");
             assert!(one.rng.0 == twin.rng.0 && one.mu == twin.mu, "{stages:?}");
         }
