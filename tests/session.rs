@@ -29,6 +29,7 @@ fn samplers(n_vocab: usize) -> Vec<(&'static str, Sampler)> {
         ("top-k 64", SamplerParams { top_k: 64, ..all }),
         ("top-k 65", SamplerParams { top_k: 65, ..all }),
         ("min-p", SamplerParams { min_p: 0.1, ..all }),
+        ("top-p", SamplerParams { top_p: 0.3, ..all }),
         ("typical-p", SamplerParams { typical_p: 0.6, ..all }),
         (
             "penalties",

@@ -114,7 +114,8 @@ pub struct Top<'a> {
     pub total: f64,
 }
 
-/// See [`Top::total`]. Some 20 roundings of 2^-24, and of logits up to 100 below the largest one of 2^-18 to the exponent.
+/// See [`Top::total`]. Ten times what is lost: some 40 roundings of 2^-24, and, for logits that are up to 100 below the largest, of 2^-18
+/// to the exponent.
 pub const TOTAL_PARTS: f64 = 8192.0;
 
 /// Cache, rings and scratch of one session.
@@ -125,14 +126,15 @@ pub trait Context: Send {
     /// A row of the logits buffer, `[n_vocab]`.
     ///
     /// # Errors
-    /// `Backend`, here and below: the device does not do what is asked, and what would have been copied there is as it was or lost.
+    /// `Backend` or `OutOfMemory`, here and below: the device does not do what is asked, and what would have been copied there is as it
+    /// was or lost.
     fn logits(&self, row: usize) -> Result<&[f32]>;
     fn put_logits(&mut self, row: usize, logits: &[f32]);
     /// The best tokens of a row of the logits buffer, if the device has looked for them and there are any.
     fn top(&self, _row: usize) -> Option<Top<'_>> {
         None
     }
-    /// `ln softmax(row of the logits buffer)[token]`; -infinity if no logit is finite.
+    /// `ln softmax(row of the logits buffer)[token]`; -infinity if no logit is finite. By [`Top::total`] where there is one.
     fn log_probability(&self, row: usize, token: usize) -> Result<f32> {
         Ok(log_probability(self.logits(row)?, token))
     }

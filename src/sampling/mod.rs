@@ -572,7 +572,11 @@ impl Sampler {
                 _ => return None,
             }
             // These pass others on; what cuts and could not does not.
-            let passes = matches!(self.stages[i], Stage::Penalties { .. } | Stage::Temperature { .. });
+            let passes = match self.stages[i] {
+                Stage::Penalties { .. } => true,
+                Stage::Temperature { temperature, .. } => temperature > 0.0,
+                _ => false,
+            };
             if self.candidates.has_others() && !passes {
                 return None;
             }

@@ -19,7 +19,7 @@ pub fn noise(n: usize, seed: u32, scale: f32) -> Vec<f32> {
     (0..n).map(|_| (next() + next() + next() + next()) * scale).collect()
 }
 
-/// A PHD-CSWA-3-8-16 llama of width 512; 1.4 million parameters of noise, each tensor of the type that `dtype` says of its name: F32,
+/// A PHD-CSWA-3-8-16 llama of width 512; 2.1 million parameters of noise, each tensor of the type that `dtype` says of its name: F32,
 /// F16 or BF16.
 pub fn write(folder: &Path, dtype: impl Fn(&str) -> Dtype) -> PathBuf {
     let config = json!({

@@ -14,10 +14,16 @@ skip=(--skip every_variant --skip calls_allocate_nothing --skip the_cache_does_n
 
 case "${1:-}" in
   gpu)
-    # A driver without the toolkit has no NVRTC.
-    ldconfig -p | grep -q libnvrtc.so || scripts/setup_nvrtc.sh
+    kernels=()
+    # A driver without the toolkit has no NVRTC, nor cuBLASLt.
+    libraries=$(ldconfig -p)
+    [[ $libraries == *libnvrtc.so* ]] || scripts/setup_nvrtc.sh
+    if [[ $libraries != *libcublasLt.so* && -z ${LD_LIBRARY_PATH:-} ]]; then
+      echo "cuBLASLt is not there: its products are not tested"
+      kernels=(--skip products_of)
+    fi
     export LD_LIBRARY_PATH=${LD_LIBRARY_PATH:+$LD_LIBRARY_PATH:}$PWD/target/nvrtc PHD_TEST_CUDA=1
-    cargo test --release --lib -- --ignored cuda
+    cargo test --release --lib -- --ignored cuda "${kernels[@]}"
     cargo test --release --test cuda -- --include-ignored --skip emulated
     PHD_CUDA_EXACT=1 cargo test --release "${suites[@]}" --test speculative -- "${skip[@]}" --skip lookup_steps_allocate_nothing
     if sanitizer=$(command -v compute-sanitizer); then
@@ -29,7 +35,7 @@ print([e["executable"] for e in map(json.loads, sys.stdin) if e.get("executable"
       lib=$(program --lib) golden=$(program --test golden) cuda=$(program --test cuda)
       for tool in memcheck racecheck; do
         check=("$sanitizer" --tool "$tool" --error-exitcode 1)
-        "${check[@]}" "$lib" --ignored cuda
+        "${check[@]}" "$lib" --ignored cuda "${kernels[@]}"
         "${check[@]}" "$cuda" --include-ignored tensor_cores_attend quantized_models mixed_models long_prompts
         PHD_CUDA_EXACT=1 "${check[@]}" "$golden" one_step_at_a_time prefill_in_pieces
       done

@@ -129,7 +129,7 @@ fn cache_folder() -> Option<PathBuf> {
 }
 
 /// The kernels for a compute capability from the disk, or compiled and put there. A file that is damaged counts as missing. Without
-/// NVRTC those serve that any version of it has made.
+/// NVRTC, or with one that is too old, those serve that any version of it has made.
 ///
 /// # Errors
 /// Those of [`compile`]. That the result cannot be kept is no error.

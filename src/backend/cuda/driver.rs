@@ -13,6 +13,7 @@ use crate::error::{Error, Result};
 /// `what` failed in the driver.
 fn failed(what: &str, e: DriverError) -> Error {
     if e.0 == sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY {
+        log::debug!("{what}: out of memory");
         return Error::OutOfMemory { what: "the CUDA driver", bytes: 0 };
     }
     let text = |s: Result<&std::ffi::CStr, DriverError>| s.map_or("".into(), |s| s.to_string_lossy().into_owned());
@@ -75,7 +76,7 @@ impl Drop for Entered<'_> {
 
 impl Device {
     /// # Errors
-    /// `Backend` with the reason: no driver, no such device.
+    /// `Backend` with the reason: no driver, no such device; `OutOfMemory`.
     pub fn open(ordinal: i32) -> Result<Arc<Device>> {
         // SAFETY: looks for a library; loading libcuda runs its initialisers, which is what is wanted.
         if !unsafe { sys::is_culib_present() } {

@@ -66,7 +66,7 @@ pub struct Opened {
 /// Finds the device and compiles the kernels for it.
 ///
 /// # Errors
-/// `Backend` with the reason: no driver, no device, one too old, no NVRTC.
+/// `Backend` with the reason: no driver, no device, one too old, no NVRTC; `OutOfMemory`.
 pub fn open(ordinal: i32) -> Result<Opened> {
     let device = Device::open(ordinal)?;
     let module = Module::load(&device, &compile::kernels(device.arch)?)?;
