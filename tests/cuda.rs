@@ -110,8 +110,9 @@ fn with_head_dim(g: &Golden, dim: usize, folder: &Path) -> PathBuf {
     let mut noise = |n: usize| -> Vec<u8> {
         (0..n).flat_map(|_| ((random.below(2001) as f32 - 1000.0) / 5000.0).to_le_bytes()).collect()
     };
-    let made: Vec<(String, Vec<usize>, Vec<u8>)> = file
-        .names()
+    let mut names = file.names();
+    names.sort(); // the noise is the same in every run
+    let made: Vec<(String, Vec<usize>, Vec<u8>)> = names
         .into_iter()
         .filter_map(|name| {
             let shape = match name.rsplit("self_attn.").next().unwrap() {
@@ -147,8 +148,8 @@ fn tensor_cores_attend_as_the_reference() {
     for (name, dim) in [("llama-cswa-k4-w5-c6", 64), ("llama-cswa-k2-w16-c32", 128), ("llama-vanilla", 64)] {
         let (g, folder) = (named(name), tempfile::tempdir().unwrap());
         let path = with_head_dim(&g, dim, folder.path());
-        // Keys that two backends round may come out as neighbouring values.
-        for (cache_type, bound) in [(CacheType::F16, 2e-3), (CacheType::Bf16, 1.6e-2), (CacheType::Q8_0, 2e-2)] {
+        // Activations of more than 16 rows are one bf16 part, and keys that two backends round may come out as neighbouring values.
+        for (cache_type, bound) in [(CacheType::F16, 6e-3), (CacheType::Bf16, 1.6e-2), (CacheType::Q8_0, 2e-2)] {
             let options = SessionOptions { n_positions: 256, max_rows: 60, cache_type, ..Default::default() };
             let new = |backend| Session::new(load(&path, backend), &options).unwrap();
             let (mut s, mut reference) = (new(BackendKind::Cuda), new(BackendKind::Reference));
