@@ -21,21 +21,19 @@ DEVICE void sort_chunk(u64* keys) {
     sync_block();
 }
 
-// Orders as samplers do: by logit, largest first, then by token; +infinity is the largest finite number. Unusable ones (NaN,
-// -infinity) come last.
-DEVICE u64 top_key(float logit, u32 token) {
-    u32 bits = float_bits(logit + 0.0f); // -0 is 0
-    if ((bits & 0x7fffffff) > 0x7f800000 || bits == 0xff800000) return ~(u64)0;
-    if (bits == 0x7f800000) bits = 0x7f7fffff;
-    const u32 ascending = bits & 0x80000000 ? ~bits : bits | 0x80000000;
-    return (u64)~ascending << 32 | token;
-}
-
 // As samplers take it: -infinity for NaN, the largest finite number for +infinity.
 DEVICE float clean(float logit) {
     const u32 bits = float_bits(logit);
     if ((bits & 0x7fffffff) > 0x7f800000) return bits_float(0xff800000);
     return bits == 0x7f800000 ? bits_float(0x7f7fffff) : logit;
+}
+
+// Orders as samplers do: by logit, largest first, then by token. Unusable ones (NaN, -infinity) come last.
+DEVICE u64 top_key(float logit, u32 token) {
+    const u32 bits = float_bits(clean(logit) + 0.0f); // -0 is 0
+    if (bits == 0xff800000) return ~(u64)0;
+    const u32 ascending = bits & 0x80000000 ? ~bits : bits | 0x80000000;
+    return (u64)~ascending << 32 | token;
 }
 
 // Grid: (chunk of the vocabulary, row).

@@ -14,7 +14,7 @@ use crate::cache::{BlockCopy, Layout};
 use crate::error::unsupported;
 use crate::error::{Error, Result};
 use crate::model::{BackendKind, Hyper, Weights};
-use crate::sampling::log_probability;
+use crate::sampling::{log_probability, log_probability_of};
 use crate::schedule::Plan;
 use crate::tensor::{DType, quantize_row};
 
@@ -134,9 +134,20 @@ pub trait Context: Send {
     fn top(&self, _row: usize) -> Option<Top<'_>> {
         None
     }
+    /// One of a row of the logits buffer.
+    fn logit(&self, row: usize, token: usize) -> Result<f32> {
+        Ok(self.logits(row)?[token])
+    }
     /// `ln softmax(row of the logits buffer)[token]`; -infinity if no logit is finite. By [`Top::total`] where there is one.
     fn log_probability(&self, row: usize, token: usize) -> Result<f32> {
-        Ok(log_probability(self.logits(row)?, token))
+        let Some(top) = self.top(row) else {
+            return Ok(log_probability(self.logits(row)?, token));
+        };
+        let logit = match top.tokens.iter().position(|&t| t as usize == token) {
+            Some(i) => top.logits[i],
+            None => self.logit(row, token)?,
+        };
+        Ok(log_probability_of(logit, top.logits[0], top.total))
     }
     fn copy_logits(&mut self, src: usize, dst: usize) -> Result<()>;
     /// A row of the embeddings buffer, `[n_embd]`: where the outputs of a plan of embeddings go.

@@ -11,6 +11,10 @@ struct Row<'a> {
     ln_total: f64,
 }
 
+fn normalized(logit: f32, max: f64, ln_total: f64) -> f32 {
+    (f64::from(clean(logit)) - max - ln_total) as f32
+}
+
 fn clean(logit: f32) -> f32 {
     if logit.is_nan() { f32::NEG_INFINITY } else { logit.min(f32::MAX) }
 }
@@ -27,7 +31,7 @@ impl<'a> Row<'a> {
     }
 
     fn log_probability(&self, token: usize) -> f32 {
-        (f64::from(clean(self.logits[token])) - self.max - self.ln_total) as f32
+        normalized(self.logits[token], self.max, self.ln_total)
     }
 
     fn rank(&self, token: u32) -> u64 {
@@ -42,7 +46,7 @@ pub(crate) fn log_probability(logits: &[f32], token: usize) -> f32 {
 
 /// The same of one logit, by the largest and the sum of `exp(logit - largest)`.
 pub(crate) fn log_probability_of(logit: f32, largest: f32, total: f64) -> f32 {
-    (f64::from(clean(logit)) - f64::from(clean(largest)) - ln(total)) as f32
+    normalized(logit, clean(largest).into(), ln(total))
 }
 
 /// `out[i] = ln softmax(logits)[tokens[i]]`, summed in f64.

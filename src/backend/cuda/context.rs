@@ -16,7 +16,6 @@ use crate::backend::{CacheType, Context, ContextMemory, ContextOptions, TOP, Top
 use crate::cache::BlockCopy;
 use crate::error::{Error, Result};
 use crate::model::{Hyper, NormPlacement, QkNorm, RopePairs};
-use crate::sampling::{log_probability, log_probability_of};
 use crate::schedule::Plan;
 
 /// Of the attention kernels.
@@ -446,19 +445,6 @@ impl CudaContext {
         self.rows[row].is_here.store(true, Ordering::Release);
         Ok(())
     }
-
-    /// One logit of a row, which stays where it is.
-    fn logit(&self, row: usize, token: usize) -> Result<f32> {
-        if self.rows[row].is_here.load(Ordering::Acquire) {
-            return Ok(self.logits(row)?[token]);
-        }
-        let at = self.step.logits.at((row * self.step.model.hyper.n_vocab + token) * 4);
-        let mut staged = lock(&self.staged);
-        let to = &mut staged.as_mut_slice()[..4];
-        // SAFETY: waited for.
-        self.step.wait_for(|step| unsafe { step.stream.download(to, at) })?;
-        Ok(staged.floats()[0])
-    }
 }
 
 impl Row {
@@ -825,15 +811,16 @@ impl Context for CudaContext {
         })
     }
 
-    fn log_probability(&self, row: usize, token: usize) -> Result<f32> {
-        let Some(top) = self.top(row) else {
-            return Ok(log_probability(self.logits(row)?, token));
-        };
-        let logit = match top.tokens.iter().position(|&t| t as usize == token) {
-            Some(i) => top.logits[i],
-            None => self.logit(row, token)?,
-        };
-        Ok(log_probability_of(logit, top.logits[0], top.total))
+    fn logit(&self, row: usize, token: usize) -> Result<f32> {
+        if self.rows[row].is_here.load(Ordering::Acquire) {
+            return Ok(self.logits(row)?[token]);
+        }
+        let at = self.step.logits.at((row * self.step.model.hyper.n_vocab + token) * 4);
+        let mut staged = lock(&self.staged);
+        let to = &mut staged.as_mut_slice()[..4];
+        // SAFETY: waited for.
+        self.step.wait_for(|step| unsafe { step.stream.download(to, at) })?;
+        Ok(staged.floats()[0])
     }
 
     fn copy_logits(&mut self, src: usize, dst: usize) -> Result<()> {

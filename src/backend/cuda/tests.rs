@@ -15,6 +15,7 @@ use super::weights::{DeviceMatrix, STRIP};
 use super::{Sums, THREADS, compile, width};
 use crate::backend::testing::{Noise, weights};
 use crate::backend::{CacheType, TOP, TOTAL_PARTS, Top};
+use crate::checkpoint::TensorView;
 use crate::sampling::{Sampler, SamplerParams};
 use crate::tensor::{DType, dequantize_row};
 
@@ -146,7 +147,6 @@ fn linear_layers_of_every_type() {
         for (&n_in, n_out) in widths.iter().zip([1, 40, 17, 16]) {
             let tensor = weights(dtype, n_out, n_in, &mut Noise(n_in as u32));
             let bytes: &[u8] = &tensor.data;
-            let row_bytes = bytes.len() / n_out;
             let device_weights = b.upload(&packed(dtype, n_in, bytes));
             let bias = noise(n_out, 99);
             let device_bias = b.upload(&bias);
@@ -183,24 +183,33 @@ fn linear_layers_of_every_type() {
                     }
                     assert!(found[..n_out] == one_row, "{dtype} ({n_out}, {n_in}): the first row of {rows}");
                 }
-                let mut w = vec![0.0; n_in];
-                for o in 0..n_out {
-                    dequantize_row(dtype, &bytes[o * row_bytes..][..row_bytes], &mut w);
-                    for row in 0..rows {
-                        let x = &x[row * n_in..][..n_in];
-                        let products = x.iter().zip(&w).map(|(x, w)| f64::from(*x) * f64::from(*w));
-                        let (sum, size) = products.fold((0.0, 0.0), |(s, a), p| (s + p, a + p.abs()));
-                        let expected = sum + f64::from(bias[o]);
-                        let bound = relative_bound(dtype, rows, sums) * (size + expected.abs());
-                        let difference = (f64::from(found[row * n_out + o]) - expected).abs();
-                        assert!(
-                            difference <= bound,
-                            "{dtype} ({n_out}, {n_in}), row {row} of {rows}, output {o}: {} for {expected}",
-                            found[row * n_out + o]
-                        );
-                    }
-                }
+                let x: Vec<f64> = x.iter().map(|&x| f64::from(x)).collect();
+                let bound = |size: f64, expected: f64| relative_bound(dtype, rows, sums) * (size + expected);
+                assert_products(&found, &tensor, &bias, &x, bound);
             }
+        }
+    }
+}
+
+/// `found`, (row, n_out), against `W x + bias` in f64. `bound` is told the sum of the products' sizes and the size of the result.
+fn assert_products(found: &[f32], tensor: &TensorView, bias: &[f32], x: &[f64], bound: impl Fn(f64, f64) -> f64) {
+    let (n_out, n_in) = (tensor.shape[0], tensor.shape[1]);
+    let row_bytes = tensor.data.len() / n_out;
+    let rows = x.len() / n_in;
+    assert_eq!(found.len(), rows * n_out);
+    let mut w = vec![0.0; n_in];
+    for o in 0..n_out {
+        dequantize_row(tensor.dtype, &tensor.data[o * row_bytes..][..row_bytes], &mut w);
+        for (row, x) in x.chunks_exact(n_in).enumerate() {
+            let products = x.iter().zip(&w).map(|(x, w)| x * f64::from(*w));
+            let (sum, size) = products.fold((0.0, 0.0), |(s, a), p| (s + p, a + p.abs()));
+            let expected = sum + f64::from(bias[o]);
+            let found = found[row * n_out + o];
+            assert!(
+                (f64::from(found) - expected).abs() <= bound(size, expected.abs()),
+                "{} ({n_out}, {n_in}), row {row} of {rows}, output {o}: {found} for {expected}",
+                tensor.dtype
+            );
         }
     }
 }
@@ -221,7 +230,6 @@ fn products_of_every_type() {
         for (&n_in, (n_out, rows)) in widths.iter().zip([(1, 65), (40, 100), (17, 7), (48, 1)]) {
             let tensor = weights(dtype, n_out, n_in, &mut Noise(n_in as u32));
             let bytes: &[u8] = &tensor.data;
-            let row_bytes = bytes.len() / n_out;
             let device_weights = b.upload(&packed(dtype, n_in, bytes));
             let bias = noise(n_out, 99);
             let device_bias = b.upload(&bias);
@@ -248,33 +256,19 @@ fn products_of_every_type() {
                     b.stream.synchronize().unwrap();
                 }
                 let found = b.download(&out);
-                let mut w = vec![0.0; n_in];
-                for o in 0..n_out {
-                    dequantize_row(dtype, &bytes[o * row_bytes..][..row_bytes], &mut w);
-                    for row in 0..rows {
-                        let x = x[row * n_in..][..n_in].iter().map(|&x| match dtype {
-                            DType::F32 => f64::from(x),
-                            _ => half::bf16::from_f32(x).to_f64(),
-                        });
-                        let products = x.zip(&w).map(|(x, w)| x * f64::from(*w));
-                        let (sum, size) = products.fold((0.0, 0.0), |(s, a), p| (s + p, a + p.abs()));
-                        let expected = sum + if has_bias { f64::from(bias[o]) } else { 0.0 };
-                        // Relative to the products' size: sums in f32, which tensor cores truncate, and weights that were rounded
-                        // to bf16 (2^-9).
-                        let bound = match dtype {
-                            DType::F32 => 2e-6,
-                            DType::BF16 => 1e-5,
-                            _ => 2.1e-3,
-                        } * size
-                            + 1e-6 * expected.abs();
-                        let difference = (f64::from(found[row * n_out + o]) - expected).abs();
-                        assert!(
-                            difference <= bound,
-                            "{dtype} ({n_out}, {n_in}), row {row} of {rows}, output {o}: {} for {expected}",
-                            found[row * n_out + o]
-                        );
-                    }
-                }
+                let rounded = x.iter().map(|&x| match dtype {
+                    DType::F32 => f64::from(x),
+                    _ => half::bf16::from_f32(x).to_f64(),
+                });
+                // Sums in f32, which tensor cores truncate, and weights that were rounded to bf16 (2^-9).
+                let relative = match dtype {
+                    DType::F32 => 2e-6,
+                    DType::BF16 => 1e-5,
+                    _ => 2.1e-3,
+                };
+                let bias = if has_bias { bias.clone() } else { vec![0.0; n_out] };
+                let bound = |size, expected| relative * size + 1e-6 * expected;
+                assert_products(&found, &tensor, &bias, &rounded.collect::<Vec<f64>>(), bound);
             }
         }
     }
