@@ -421,6 +421,15 @@ fn emulated_lack_of_memory() {
     assert_eq!(cuda.status.code(), Some(1));
     assert!(text(&cuda.stderr).contains("out of memory: the weights in device memory"), "{}", text(&cuda.stderr));
     assert!(run("auto", &small).status.success());
+    // The size that is named is all that weights take: a device of so many bytes has no room for the session only.
+    let message = text(&cuda.stderr);
+    let named = message.split(" needs ").nth(1).and_then(|rest| rest.split(' ').next()).unwrap();
+    let bytes: usize = named.parse().unwrap();
+    for (bytes, has_room) in [(bytes - 1, false), (bytes, true)] {
+        let message = text(&run("cuda", &[("PHD_EMULATOR_MEMORY", &bytes.to_string())]).stderr);
+        assert!(message.contains("out of memory"), "{bytes}: {message}");
+        assert_eq!(!message.contains("the weights in device memory"), has_room, "{bytes}: {message}");
+    }
 }
 
 /// Launches ask to overlap where the driver can, unless told not to.
