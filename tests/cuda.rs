@@ -55,7 +55,12 @@ fn it_says_the_same_and_keeps_its_kernels() {
     // A damaged file is made anew.
     let whole = std::fs::read(&kept[0]).unwrap();
     std::fs::write(&kept[0], &whole[..whole.len() / 2]).unwrap();
+    // It is another file under the same name: who has opened the old one does not see it change.
+    let aside = tempfile::tempdir().unwrap();
+    let old = aside.path().join("old");
+    std::fs::hard_link(&kept[0], &old).unwrap();
     let again = run("cuda", &cache);
+    assert_eq!(std::fs::read(&old).unwrap().len(), whole.len() / 2);
     assert_eq!(text(&again.stdout), text(&cpu.stdout));
     assert_eq!(std::fs::read(&kept[0]).unwrap().len(), whole.len());
     assert_eq!(files(), kept);
