@@ -9,8 +9,8 @@ use std::sync::OnceLock;
 
 use super::attention::{self, Attend};
 use super::packed::{Packing, TILE};
-use super::simd::Simd;
 use super::simd::plain::Plain;
+use super::simd::{Dots, Simd};
 use crate::error::{Error, Result, invalid};
 use crate::model::RopePairs;
 
@@ -231,19 +231,19 @@ unsafe fn i32_at(p: *const u32, i: usize) -> i32 {
 /// # Safety
 /// As for [`tile`].
 #[inline(always)]
-unsafe fn add_quad<S: Simd, const K: usize>(s: &mut [S::P; K], weights: S::B, x: *const i32, quad: usize) {
+unsafe fn add_quad<S: Dots, const K: usize>(s: &mut [S::P; K], weights: S::B, x: *const i32, quad: usize) {
     for k in 0..K {
         // SAFETY: a block has 8 quads of K rows.
         unsafe { s[k] = S::dot(s[k], weights, x.add(quad * K + k).read_unaligned()) };
     }
 }
 
-/// See [`Simd::carry`].
+/// See [`Dots::carry`].
 ///
 /// # Safety
 /// As for [`tile`].
 #[inline(always)]
-unsafe fn carry<S: Simd, const K: usize>(s: &mut [S::P; K], carried: &mut [S::I; K]) {
+unsafe fn carry<S: Dots, const K: usize>(s: &mut [S::P; K], carried: &mut [S::I; K]) {
     for k in 0..K {
         // SAFETY: the caller's.
         (s[k], carried[k]) = unsafe { S::carry(s[k], carried[k]) };
@@ -255,7 +255,7 @@ unsafe fn carry<S: Simd, const K: usize>(s: &mut [S::P; K], carried: &mut [S::I;
 /// # Safety
 /// As for [`tile`].
 #[inline(always)]
-unsafe fn add_scaled<S: Simd>(acc: &mut S::F, sum: S::I, scale: S::F, scales: *const u32, k: usize) {
+unsafe fn add_scaled<S: Dots>(acc: &mut S::F, sum: S::I, scale: S::F, scales: *const u32, k: usize) {
     // SAFETY: a word for each row.
     unsafe { *acc = S::fma(S::mul(scale, S::splat(f32_at(scales, k))), S::to_f(sum), *acc) };
 }
@@ -265,7 +265,7 @@ unsafe fn add_scaled<S: Simd>(acc: &mut S::F, sum: S::I, scale: S::F, scales: *c
 /// # Safety
 /// As for [`tile`].
 #[inline(always)]
-unsafe fn tile_4<S: Simd, const K: usize, const HAS_MIN: bool>(t: &Tile) {
+unsafe fn tile_4<S: Dots, const K: usize, const HAS_MIN: bool>(t: &Tile) {
     let unit = if HAS_MIN { 320 } else { 288 };
     // SAFETY: every pointer stays within its array: blocks and rows are counted by the loops.
     unsafe {
@@ -321,7 +321,7 @@ unsafe fn tile_4<S: Simd, const K: usize, const HAS_MIN: bool>(t: &Tile) {
 /// # Safety
 /// As for [`tile`].
 #[inline(always)]
-unsafe fn tile_8<S: Simd, const K: usize>(t: &Tile) {
+unsafe fn tile_8<S: Dots, const K: usize>(t: &Tile) {
     // SAFETY: as in `tile_4`.
     unsafe {
         for lane in (0..TILE).step_by(S::LANES) {
@@ -364,7 +364,7 @@ unsafe fn tile_8<S: Simd, const K: usize>(t: &Tile) {
 /// # Safety
 /// As for [`tile`].
 #[inline(always)]
-unsafe fn tile_4_k<S: Simd, const K: usize, const HAS_HIGH: bool>(t: &Tile) {
+unsafe fn tile_4_k<S: Dots, const K: usize, const HAS_HIGH: bool>(t: &Tile) {
     let block = if HAS_HIGH { 352 } else { 288 };
     // SAFETY: as in `tile_4`.
     unsafe {
@@ -423,7 +423,7 @@ unsafe fn tile_4_k<S: Simd, const K: usize, const HAS_HIGH: bool>(t: &Tile) {
 /// # Safety
 /// As for [`tile`].
 #[inline(always)]
-unsafe fn tile_6_k<S: Simd, const K: usize>(t: &Tile) {
+unsafe fn tile_6_k<S: Dots, const K: usize>(t: &Tile) {
     // SAFETY: as in `tile_4`.
     unsafe {
         for lane in (0..TILE).step_by(S::LANES) {
@@ -545,12 +545,12 @@ unsafe fn tile<S: Simd, const T: u8, const K: usize>(t: &Tile) {
     // SAFETY: the caller's.
     unsafe {
         match T {
-            0 => tile_4::<S, K, false>(t),
-            1 => tile_4::<S, K, true>(t),
-            2 => tile_8::<S, K>(t),
-            3 => tile_4_k::<S, K, false>(t),
-            4 => tile_4_k::<S, K, true>(t),
-            5 => tile_6_k::<S, K>(t),
+            0 => tile_4::<S::Wide, K, false>(t),
+            1 => tile_4::<S::Wide, K, true>(t),
+            2 => tile_8::<S::Wide, K>(t),
+            3 => tile_4_k::<S::Wide, K, false>(t),
+            4 => tile_4_k::<S::Wide, K, true>(t),
+            5 => tile_6_k::<S::Wide, K>(t),
             _ => tile_f::<S, T, K>(t),
         }
     }

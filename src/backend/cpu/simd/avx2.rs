@@ -1,9 +1,10 @@
 //! AVX2 with FMA and F16C, with and without the VNNI extension.
 #![allow(unsafe_op_in_unsafe_fn)] // the contract is the trait's, see the module above
 
+use std::arch::asm;
 use std::arch::x86_64::*;
 
-use super::Simd;
+use super::{Dots, Simd, Twice};
 
 #[derive(Clone, Copy)]
 pub struct Avx2;
@@ -11,13 +12,19 @@ pub struct Avx2;
 #[derive(Clone, Copy)]
 pub struct Avx2Vnni;
 
+/// A sum that the compiler may not see through: it would gather the additions of one row, for integers may be added in any order, and
+/// move the products of the others to the stack until then.
+#[inline]
+#[target_feature(enable = "avx2")]
+unsafe fn in_order(mut sum: __m256i) -> __m256i {
+    asm!("/* {0} */", inout(ymm_reg) sum, options(nomem, nostack, preserves_flags));
+    sum
+}
+
 macro_rules! avx2 {
     ($name:ident, $($dots:tt)*) => {
-        impl Simd for $name {
+        impl Dots for $name {
             const LANES: usize = 8;
-            const INT_ROWS: usize = 4;
-            const FLOAT_ROWS: usize = 3;
-            const QUERY_SUMS: usize = 12;
 
             type F = __m256;
             type I = __m256i;
@@ -28,41 +35,20 @@ macro_rules! avx2 {
                 _mm256_set1_ps(x)
             }
             #[inline(always)]
-            unsafe fn load(p: *const f32) -> __m256 {
-                _mm256_loadu_ps(p)
-            }
-            #[inline(always)]
             unsafe fn store(p: *mut f32, x: __m256) {
                 _mm256_storeu_ps(p, x);
-            }
-            #[inline(always)]
-            unsafe fn add(a: __m256, b: __m256) -> __m256 {
-                _mm256_add_ps(a, b)
             }
             #[inline(always)]
             unsafe fn mul(a: __m256, b: __m256) -> __m256 {
                 _mm256_mul_ps(a, b)
             }
             #[inline(always)]
-            unsafe fn div(a: __m256, b: __m256) -> __m256 {
-                _mm256_div_ps(a, b)
-            }
-            #[inline(always)]
             unsafe fn fma(a: __m256, b: __m256, c: __m256) -> __m256 {
                 _mm256_fmadd_ps(a, b, c)
             }
             #[inline(always)]
-            unsafe fn max(a: __m256, b: __m256) -> __m256 {
-                _mm256_max_ps(a, b)
-            }
-            #[inline(always)]
             unsafe fn load_f16(p: *const u16) -> __m256 {
                 _mm256_cvtph_ps(_mm_loadu_si128(p.cast()))
-            }
-            #[inline(always)]
-            unsafe fn load_bf16(p: *const u16) -> __m256 {
-                let x = _mm256_cvtepu16_epi32(_mm_loadu_si128(p.cast()));
-                _mm256_castsi256_ps(_mm256_slli_epi32::<16>(x))
             }
             #[inline(always)]
             unsafe fn load_u8(p: *const u8) -> __m256 {
@@ -71,6 +57,63 @@ macro_rules! avx2 {
             #[inline(always)]
             unsafe fn load_i8(p: *const i8) -> __m256 {
                 _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(p.cast())))
+            }
+            #[inline(always)]
+            unsafe fn splat_i(x: i32) -> __m256i {
+                _mm256_set1_epi32(x)
+            }
+            #[inline(always)]
+            unsafe fn to_f(x: __m256i) -> __m256 {
+                _mm256_cvtepi32_ps(x)
+            }
+            #[inline(always)]
+            unsafe fn load_b(p: *const u8) -> __m256i {
+                _mm256_loadu_si256(p.cast())
+            }
+            #[inline(always)]
+            unsafe fn bits(x: __m256i, left: i32, right: i32, mask: u8) -> __m256i {
+                let x = _mm256_sll_epi16(x, _mm_cvtsi32_si128(left));
+                let x = _mm256_srl_epi16(x, _mm_cvtsi32_si128(right));
+                _mm256_and_si256(x, _mm256_set1_epi8(mask as i8))
+            }
+            #[inline(always)]
+            unsafe fn or(a: __m256i, b: __m256i) -> __m256i {
+                _mm256_or_si256(a, b)
+            }
+            #[inline(always)]
+            unsafe fn prefetch(p: *const u8) {
+                _mm_prefetch::<_MM_HINT_T0>(p.cast());
+            }
+            $($dots)*
+        }
+
+        impl Simd for $name {
+            const INT_ROWS: usize = 4;
+            const FLOAT_ROWS: usize = 3;
+            const QUERY_SUMS: usize = 12;
+
+            type Wide = Twice<Self>;
+
+            #[inline(always)]
+            unsafe fn load(p: *const f32) -> __m256 {
+                _mm256_loadu_ps(p)
+            }
+            #[inline(always)]
+            unsafe fn add(a: __m256, b: __m256) -> __m256 {
+                _mm256_add_ps(a, b)
+            }
+            #[inline(always)]
+            unsafe fn div(a: __m256, b: __m256) -> __m256 {
+                _mm256_div_ps(a, b)
+            }
+            #[inline(always)]
+            unsafe fn max(a: __m256, b: __m256) -> __m256 {
+                _mm256_max_ps(a, b)
+            }
+            #[inline(always)]
+            unsafe fn load_bf16(p: *const u16) -> __m256 {
+                let x = _mm256_cvtepu16_epi32(_mm_loadu_si128(p.cast()));
+                _mm256_castsi256_ps(_mm256_slli_epi32::<16>(x))
             }
             #[inline(always)]
             unsafe fn reduce_add(x: __m256) -> f32 {
@@ -98,14 +141,6 @@ macro_rules! avx2 {
                 _mm256_and_ps(y, _mm256_cmp_ps::<_CMP_GE_OQ>(x, _mm256_set1_ps(limit)))
             }
             #[inline(always)]
-            unsafe fn splat_i(x: i32) -> __m256i {
-                _mm256_set1_epi32(x)
-            }
-            #[inline(always)]
-            unsafe fn to_f(x: __m256i) -> __m256 {
-                _mm256_cvtepi32_ps(x)
-            }
-            #[inline(always)]
             unsafe fn to_i(x: __m256) -> __m256i {
                 _mm256_cvtps_epi32(x)
             }
@@ -124,25 +159,6 @@ macro_rules! avx2 {
                 let x = _mm_packs_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256::<1>(x));
                 _mm_storel_epi64(p.cast(), _mm_packs_epi16(x, x));
             }
-            #[inline(always)]
-            unsafe fn load_b(p: *const u8) -> __m256i {
-                _mm256_loadu_si256(p.cast())
-            }
-            #[inline(always)]
-            unsafe fn bits(x: __m256i, left: i32, right: i32, mask: u8) -> __m256i {
-                let x = _mm256_sll_epi16(x, _mm_cvtsi32_si128(left));
-                let x = _mm256_srl_epi16(x, _mm_cvtsi32_si128(right));
-                _mm256_and_si256(x, _mm256_set1_epi8(mask as i8))
-            }
-            #[inline(always)]
-            unsafe fn or(a: __m256i, b: __m256i) -> __m256i {
-                _mm256_or_si256(a, b)
-            }
-            #[inline(always)]
-            unsafe fn prefetch(p: *const u8) {
-                _mm_prefetch::<_MM_HINT_T0>(p.cast());
-            }
-            $($dots)*
         }
     };
 }
@@ -189,7 +205,7 @@ avx2! {
     }
     #[inline(always)]
     unsafe fn dot(sum: __m256i, w: __m256i, x: i32) -> __m256i {
-        _mm256_add_epi16(sum, _mm256_maddubs_epi16(w, _mm256_set1_epi32(x)))
+        in_order(_mm256_add_epi16(sum, _mm256_maddubs_epi16(w, _mm256_set1_epi32(x))))
     }
     #[inline(always)]
     unsafe fn carry(sum: __m256i, carried: __m256i) -> (__m256i, __m256i) {
@@ -209,6 +225,6 @@ avx2! {
         // Stored + 128, two products would saturate 16 bits: |w| <= 128 and w's sign moved to x do not.
         let w = _mm256_xor_si256(w, _mm256_set1_epi8(-128));
         let pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(_mm256_set1_epi32(x), w));
-        _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))
+        in_order(_mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1))))
     }
 }

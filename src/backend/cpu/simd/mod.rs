@@ -13,14 +13,12 @@ pub mod avx512;
 pub mod neon;
 pub mod plain;
 
-pub trait Simd: Copy {
+use std::marker::PhantomData;
+
+/// What the integer kernels need of vectors: those of an instruction set, or two of them side by side ([`Twice`]).
+pub trait Dots: Copy {
     /// 32-bit elements of a vector; divides 16, the rows of a weight tile.
     const LANES: usize;
-    /// Activation rows that one integer kernel can hold in registers, and one float kernel.
-    const INT_ROWS: usize;
-    const FLOAT_ROWS: usize;
-    /// Vectors of sums that the attention's matrix product can hold in registers, for up to six query rows.
-    const QUERY_SUMS: usize;
 
     /// f32 x LANES
     type F: Copy;
@@ -28,22 +26,53 @@ pub trait Simd: Copy {
     type I: Copy;
     /// u8 x 4 LANES
     type B: Copy;
-    /// A running sum of [`Simd::dot`]: i32 x LANES, or narrower where the CPU has no instruction that adds four products to 32 bits.
+    /// A running sum of [`Dots::dot`]: i32 x LANES, or narrower where the CPU has no instruction that adds four products to 32 bits.
     type P: Copy;
 
     unsafe fn splat(x: f32) -> Self::F;
-    unsafe fn load(p: *const f32) -> Self::F;
     unsafe fn store(p: *mut f32, x: Self::F);
-    unsafe fn add(a: Self::F, b: Self::F) -> Self::F;
     unsafe fn mul(a: Self::F, b: Self::F) -> Self::F;
-    unsafe fn div(a: Self::F, b: Self::F) -> Self::F;
     /// `a b + c`
     unsafe fn fma(a: Self::F, b: Self::F, c: Self::F) -> Self::F;
-    unsafe fn max(a: Self::F, b: Self::F) -> Self::F;
     unsafe fn load_f16(p: *const u16) -> Self::F;
-    unsafe fn load_bf16(p: *const u16) -> Self::F;
     unsafe fn load_u8(p: *const u8) -> Self::F;
     unsafe fn load_i8(p: *const i8) -> Self::F;
+    unsafe fn splat_i(x: i32) -> Self::I;
+    unsafe fn to_f(x: Self::I) -> Self::F;
+    unsafe fn load_b(p: *const u8) -> Self::B;
+    /// `(byte << left >> right) & mask`, where mask has no bit that came from a neighbouring byte.
+    unsafe fn bits(x: Self::B, left: i32, right: i32, mask: u8) -> Self::B;
+    unsafe fn or(a: Self::B, b: Self::B) -> Self::B;
+    /// What a sum over [`Dots::dot`] begins with; [`Dots::end`] is told the same `zero`, which one of the two adds.
+    unsafe fn begin(zero: i32) -> Self::P;
+    /// Adds to each element the products of its four bytes of `w`, unsigned, with the four signed bytes of `x`, at most 127 large. Between
+    /// [`Dots::begin`] or [`Dots::carry`] and the next `carry` or `end`: 8 times for `w` of up to 4 bits, 4 times for 5, twice for 6.
+    unsafe fn dot(sum: Self::P, w: Self::B, x: i32) -> Self::P;
+    /// Takes what is in `sum` to `carried`, where `sum` is too narrow to go on; both make up the sum.
+    unsafe fn carry(sum: Self::P, carried: Self::I) -> (Self::P, Self::I);
+    unsafe fn end(sum: Self::P, carried: Self::I, zero: i32) -> Self::I;
+    /// What a sum over [`Dots::dot_biased`] begins with; `zero` is -128 times the sum of all x.
+    unsafe fn biased_start(zero: i32) -> Self::I;
+    /// The same for signed weights that are stored with 128 added.
+    unsafe fn dot_biased(sum: Self::I, w: Self::B, x: i32) -> Self::I;
+    unsafe fn prefetch(p: *const u8);
+}
+
+pub trait Simd: Dots {
+    /// Activation rows that one integer kernel can hold in registers, and one float kernel.
+    const INT_ROWS: usize;
+    const FLOAT_ROWS: usize;
+    /// Vectors of sums that the attention's matrix product can hold in registers, for up to six query rows.
+    const QUERY_SUMS: usize;
+
+    /// The vectors that integer kernels take tiles in.
+    type Wide: Dots;
+
+    unsafe fn load(p: *const f32) -> Self::F;
+    unsafe fn add(a: Self::F, b: Self::F) -> Self::F;
+    unsafe fn div(a: Self::F, b: Self::F) -> Self::F;
+    unsafe fn max(a: Self::F, b: Self::F) -> Self::F;
+    unsafe fn load_bf16(p: *const u16) -> Self::F;
     unsafe fn reduce_add(x: Self::F) -> f32;
     unsafe fn reduce_max(x: Self::F) -> f32;
     /// Nearest integer.
@@ -53,33 +82,12 @@ pub trait Simd: Copy {
     /// `y` where `x >= limit`, else 0.
     unsafe fn zero_below(x: Self::F, limit: f32, y: Self::F) -> Self::F;
 
-    unsafe fn splat_i(x: i32) -> Self::I;
-    unsafe fn to_f(x: Self::I) -> Self::F;
     /// Nearest integer.
     unsafe fn to_i(x: Self::F) -> Self::I;
     unsafe fn add_i(a: Self::I, b: Self::I) -> Self::I;
     unsafe fn reduce_add_i(x: Self::I) -> i32;
     /// Stores elements of -128..=127 as bytes.
     unsafe fn store_i8(p: *mut i8, x: Self::I);
-
-    unsafe fn load_b(p: *const u8) -> Self::B;
-    /// `(byte << left >> right) & mask`, where mask has no bit that came from a neighbouring byte.
-    unsafe fn bits(x: Self::B, left: i32, right: i32, mask: u8) -> Self::B;
-    unsafe fn or(a: Self::B, b: Self::B) -> Self::B;
-    /// What a sum over [`Simd::dot`] begins with; [`Simd::end`] is told the same `zero`, which one of the two adds.
-    unsafe fn begin(zero: i32) -> Self::P;
-    /// Adds to each element the products of its four bytes of `w`, unsigned, with the four signed bytes of `x`, at most 127 large. Between
-    /// [`Simd::begin`] or [`Simd::carry`] and the next `carry` or `end`: 8 times for `w` of up to 4 bits, 4 times for 5, twice for 6.
-    unsafe fn dot(sum: Self::P, w: Self::B, x: i32) -> Self::P;
-    /// Takes what is in `sum` to `carried`, where `sum` is too narrow to go on; both make up the sum.
-    unsafe fn carry(sum: Self::P, carried: Self::I) -> (Self::P, Self::I);
-    unsafe fn end(sum: Self::P, carried: Self::I, zero: i32) -> Self::I;
-    /// What a sum over [`Simd::dot_biased`] begins with; `zero` is -128 times the sum of all x.
-    unsafe fn biased_start(zero: i32) -> Self::I;
-    /// The same for signed weights that are stored with 128 added.
-    unsafe fn dot_biased(sum: Self::I, w: Self::B, x: i32) -> Self::I;
-
-    unsafe fn prefetch(p: *const u8);
 
     /// `e^x`, relative error below 4e-7; 0 below -87.
     #[inline(always)]
@@ -97,5 +105,104 @@ pub trait Simd: Copy {
             }
             Self::zero_below(x, -87.0, Self::scale2(y, n))
         }
+    }
+}
+
+/// Two vectors side by side. Where a tile's 16 rows are two vectors, taking both at once reads the tile in one go, so that memory is
+/// never left waiting while the other half is computed, and broadcasts each activation once.
+#[derive(Clone, Copy)]
+pub struct Twice<S>(PhantomData<S>);
+
+/// Both halves.
+macro_rules! both {
+    ($f:ident($($x:ident),*)) => { (S::$f($($x.0),*), S::$f($($x.1),*)) };
+}
+
+#[allow(unsafe_op_in_unsafe_fn)] // the contract is the trait's, see above
+impl<S: Dots> Dots for Twice<S> {
+    const LANES: usize = 2 * S::LANES;
+
+    type F = (S::F, S::F);
+    type I = (S::I, S::I);
+    type B = (S::B, S::B);
+    type P = (S::P, S::P);
+
+    #[inline(always)]
+    unsafe fn splat(x: f32) -> Self::F {
+        (S::splat(x), S::splat(x))
+    }
+    #[inline(always)]
+    unsafe fn store(p: *mut f32, x: Self::F) {
+        S::store(p, x.0);
+        S::store(p.add(S::LANES), x.1);
+    }
+    #[inline(always)]
+    unsafe fn mul(a: Self::F, b: Self::F) -> Self::F {
+        both!(mul(a, b))
+    }
+    #[inline(always)]
+    unsafe fn fma(a: Self::F, b: Self::F, c: Self::F) -> Self::F {
+        both!(fma(a, b, c))
+    }
+    #[inline(always)]
+    unsafe fn load_f16(p: *const u16) -> Self::F {
+        (S::load_f16(p), S::load_f16(p.add(S::LANES)))
+    }
+    #[inline(always)]
+    unsafe fn load_u8(p: *const u8) -> Self::F {
+        (S::load_u8(p), S::load_u8(p.add(S::LANES)))
+    }
+    #[inline(always)]
+    unsafe fn load_i8(p: *const i8) -> Self::F {
+        (S::load_i8(p), S::load_i8(p.add(S::LANES)))
+    }
+    #[inline(always)]
+    unsafe fn splat_i(x: i32) -> Self::I {
+        (S::splat_i(x), S::splat_i(x))
+    }
+    #[inline(always)]
+    unsafe fn to_f(x: Self::I) -> Self::F {
+        both!(to_f(x))
+    }
+    #[inline(always)]
+    unsafe fn load_b(p: *const u8) -> Self::B {
+        (S::load_b(p), S::load_b(p.add(4 * S::LANES)))
+    }
+    #[inline(always)]
+    unsafe fn bits(x: Self::B, left: i32, right: i32, mask: u8) -> Self::B {
+        (S::bits(x.0, left, right, mask), S::bits(x.1, left, right, mask))
+    }
+    #[inline(always)]
+    unsafe fn or(a: Self::B, b: Self::B) -> Self::B {
+        both!(or(a, b))
+    }
+    #[inline(always)]
+    unsafe fn begin(zero: i32) -> Self::P {
+        (S::begin(zero), S::begin(zero))
+    }
+    #[inline(always)]
+    unsafe fn dot(sum: Self::P, w: Self::B, x: i32) -> Self::P {
+        (S::dot(sum.0, w.0, x), S::dot(sum.1, w.1, x))
+    }
+    #[inline(always)]
+    unsafe fn carry(sum: Self::P, carried: Self::I) -> (Self::P, Self::I) {
+        let (first, second) = both!(carry(sum, carried));
+        ((first.0, second.0), (first.1, second.1))
+    }
+    #[inline(always)]
+    unsafe fn end(sum: Self::P, carried: Self::I, zero: i32) -> Self::I {
+        (S::end(sum.0, carried.0, zero), S::end(sum.1, carried.1, zero))
+    }
+    #[inline(always)]
+    unsafe fn biased_start(zero: i32) -> Self::I {
+        (S::biased_start(zero), S::biased_start(zero))
+    }
+    #[inline(always)]
+    unsafe fn dot_biased(sum: Self::I, w: Self::B, x: i32) -> Self::I {
+        (S::dot_biased(sum.0, w.0, x), S::dot_biased(sum.1, w.1, x))
+    }
+    #[inline(always)]
+    unsafe fn prefetch(p: *const u8) {
+        S::prefetch(p);
     }
 }

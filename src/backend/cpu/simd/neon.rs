@@ -4,7 +4,7 @@
 use std::arch::aarch64::*;
 use std::arch::asm;
 
-use super::Simd;
+use super::{Dots, Simd};
 
 #[derive(Clone, Copy)]
 pub struct NeonDot;
@@ -17,11 +17,8 @@ unsafe fn sdot(mut sum: int32x4_t, a: int8x16_t, b: int8x16_t) -> int32x4_t {
     sum
 }
 
-impl Simd for NeonDot {
+impl Dots for NeonDot {
     const LANES: usize = 4;
-    const INT_ROWS: usize = 8;
-    const FLOAT_ROWS: usize = 6;
-    const QUERY_SUMS: usize = 24;
 
     type F = float32x4_t;
     type I = int32x4_t;
@@ -33,32 +30,16 @@ impl Simd for NeonDot {
         vdupq_n_f32(x)
     }
     #[inline(always)]
-    unsafe fn load(p: *const f32) -> float32x4_t {
-        vld1q_f32(p)
-    }
-    #[inline(always)]
     unsafe fn store(p: *mut f32, x: float32x4_t) {
         vst1q_f32(p, x);
-    }
-    #[inline(always)]
-    unsafe fn add(a: float32x4_t, b: float32x4_t) -> float32x4_t {
-        vaddq_f32(a, b)
     }
     #[inline(always)]
     unsafe fn mul(a: float32x4_t, b: float32x4_t) -> float32x4_t {
         vmulq_f32(a, b)
     }
     #[inline(always)]
-    unsafe fn div(a: float32x4_t, b: float32x4_t) -> float32x4_t {
-        vdivq_f32(a, b)
-    }
-    #[inline(always)]
     unsafe fn fma(a: float32x4_t, b: float32x4_t, c: float32x4_t) -> float32x4_t {
         vfmaq_f32(c, a, b)
-    }
-    #[inline(always)]
-    unsafe fn max(a: float32x4_t, b: float32x4_t) -> float32x4_t {
-        vmaxq_f32(a, b)
     }
     #[inline(always)]
     unsafe fn load_f16(p: *const u16) -> float32x4_t {
@@ -66,10 +47,6 @@ impl Simd for NeonDot {
         let out: float32x4_t;
         asm!("fcvtl {0:v}.4s, {1:v}.4h", out(vreg) out, in(vreg) half, options(pure, nomem, nostack, preserves_flags));
         out
-    }
-    #[inline(always)]
-    unsafe fn load_bf16(p: *const u16) -> float32x4_t {
-        vreinterpretq_f32_u32(vshll_n_u16::<16>(vld1_u16(p)))
     }
     #[inline(always)]
     unsafe fn load_u8(p: *const u8) -> float32x4_t {
@@ -82,52 +59,12 @@ impl Simd for NeonDot {
         vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(x))))
     }
     #[inline(always)]
-    unsafe fn reduce_add(x: float32x4_t) -> f32 {
-        vaddvq_f32(x)
-    }
-    #[inline(always)]
-    unsafe fn reduce_max(x: float32x4_t) -> f32 {
-        vmaxvq_f32(x)
-    }
-    #[inline(always)]
-    unsafe fn round(x: float32x4_t) -> float32x4_t {
-        vrndnq_f32(x)
-    }
-    #[inline(always)]
-    unsafe fn scale2(x: float32x4_t, n: float32x4_t) -> float32x4_t {
-        let exponent = vaddq_s32(vcvtnq_s32_f32(n), vdupq_n_s32(127));
-        vmulq_f32(x, vreinterpretq_f32_s32(vshlq_n_s32::<23>(exponent)))
-    }
-    #[inline(always)]
-    unsafe fn zero_below(x: float32x4_t, limit: f32, y: float32x4_t) -> float32x4_t {
-        let mask = vcgeq_f32(x, vdupq_n_f32(limit));
-        vreinterpretq_f32_u32(vandq_u32(mask, vreinterpretq_u32_f32(y)))
-    }
-    #[inline(always)]
     unsafe fn splat_i(x: i32) -> int32x4_t {
         vdupq_n_s32(x)
     }
     #[inline(always)]
     unsafe fn to_f(x: int32x4_t) -> float32x4_t {
         vcvtq_f32_s32(x)
-    }
-    #[inline(always)]
-    unsafe fn to_i(x: float32x4_t) -> int32x4_t {
-        vcvtnq_s32_f32(x)
-    }
-    #[inline(always)]
-    unsafe fn add_i(a: int32x4_t, b: int32x4_t) -> int32x4_t {
-        vaddq_s32(a, b)
-    }
-    #[inline(always)]
-    unsafe fn reduce_add_i(x: int32x4_t) -> i32 {
-        vaddvq_s32(x)
-    }
-    #[inline(always)]
-    unsafe fn store_i8(p: *mut i8, x: int32x4_t) {
-        let x = vqmovn_s32(x);
-        let x = vqmovn_s16(vcombine_s16(x, x));
-        p.cast::<u32>().write_unaligned(vget_lane_u32::<0>(vreinterpret_u32_s8(x)));
     }
     #[inline(always)]
     unsafe fn load_b(p: *const u8) -> uint8x16_t {
@@ -169,5 +106,74 @@ impl Simd for NeonDot {
     #[inline(always)]
     unsafe fn prefetch(p: *const u8) {
         asm!("prfm pldl1keep, [{0}]", in(reg) p, options(nostack, preserves_flags, readonly));
+    }
+}
+
+impl Simd for NeonDot {
+    const INT_ROWS: usize = 8;
+    const FLOAT_ROWS: usize = 6;
+    const QUERY_SUMS: usize = 24;
+
+    type Wide = Self;
+
+    #[inline(always)]
+    unsafe fn load(p: *const f32) -> float32x4_t {
+        vld1q_f32(p)
+    }
+    #[inline(always)]
+    unsafe fn add(a: float32x4_t, b: float32x4_t) -> float32x4_t {
+        vaddq_f32(a, b)
+    }
+    #[inline(always)]
+    unsafe fn div(a: float32x4_t, b: float32x4_t) -> float32x4_t {
+        vdivq_f32(a, b)
+    }
+    #[inline(always)]
+    unsafe fn max(a: float32x4_t, b: float32x4_t) -> float32x4_t {
+        vmaxq_f32(a, b)
+    }
+    #[inline(always)]
+    unsafe fn load_bf16(p: *const u16) -> float32x4_t {
+        vreinterpretq_f32_u32(vshll_n_u16::<16>(vld1_u16(p)))
+    }
+    #[inline(always)]
+    unsafe fn reduce_add(x: float32x4_t) -> f32 {
+        vaddvq_f32(x)
+    }
+    #[inline(always)]
+    unsafe fn reduce_max(x: float32x4_t) -> f32 {
+        vmaxvq_f32(x)
+    }
+    #[inline(always)]
+    unsafe fn round(x: float32x4_t) -> float32x4_t {
+        vrndnq_f32(x)
+    }
+    #[inline(always)]
+    unsafe fn scale2(x: float32x4_t, n: float32x4_t) -> float32x4_t {
+        let exponent = vaddq_s32(vcvtnq_s32_f32(n), vdupq_n_s32(127));
+        vmulq_f32(x, vreinterpretq_f32_s32(vshlq_n_s32::<23>(exponent)))
+    }
+    #[inline(always)]
+    unsafe fn zero_below(x: float32x4_t, limit: f32, y: float32x4_t) -> float32x4_t {
+        let mask = vcgeq_f32(x, vdupq_n_f32(limit));
+        vreinterpretq_f32_u32(vandq_u32(mask, vreinterpretq_u32_f32(y)))
+    }
+    #[inline(always)]
+    unsafe fn to_i(x: float32x4_t) -> int32x4_t {
+        vcvtnq_s32_f32(x)
+    }
+    #[inline(always)]
+    unsafe fn add_i(a: int32x4_t, b: int32x4_t) -> int32x4_t {
+        vaddq_s32(a, b)
+    }
+    #[inline(always)]
+    unsafe fn reduce_add_i(x: int32x4_t) -> i32 {
+        vaddvq_s32(x)
+    }
+    #[inline(always)]
+    unsafe fn store_i8(p: *mut i8, x: int32x4_t) {
+        let x = vqmovn_s32(x);
+        let x = vqmovn_s16(vcombine_s16(x, x));
+        p.cast::<u32>().write_unaligned(vget_lane_u32::<0>(vreinterpret_u32_s8(x)));
     }
 }

@@ -3,7 +3,7 @@
 
 use half::{bf16, f16};
 
-use super::Simd;
+use super::{Dots, Simd};
 
 #[derive(Clone, Copy)]
 pub struct Plain;
@@ -29,11 +29,8 @@ fn four(x: i32) -> [i8; 4] {
     x.to_le_bytes().map(|b| b as i8)
 }
 
-impl Simd for Plain {
+impl Dots for Plain {
     const LANES: usize = N;
-    const INT_ROWS: usize = 4;
-    const FLOAT_ROWS: usize = 2;
-    const QUERY_SUMS: usize = 8;
 
     type F = [f32; N];
     type I = [i32; N];
@@ -45,24 +42,12 @@ impl Simd for Plain {
         [x; N]
     }
     #[inline(always)]
-    unsafe fn load(p: *const f32) -> [f32; N] {
-        p.cast::<[f32; N]>().read_unaligned()
-    }
-    #[inline(always)]
     unsafe fn store(p: *mut f32, x: [f32; N]) {
         p.cast::<[f32; N]>().write_unaligned(x);
     }
     #[inline(always)]
-    unsafe fn add(a: [f32; N], b: [f32; N]) -> [f32; N] {
-        pairs(a, b, |a, b| a + b)
-    }
-    #[inline(always)]
     unsafe fn mul(a: [f32; N], b: [f32; N]) -> [f32; N] {
         pairs(a, b, |a, b| a * b)
-    }
-    #[inline(always)]
-    unsafe fn div(a: [f32; N], b: [f32; N]) -> [f32; N] {
-        pairs(a, b, |a, b| a / b)
     }
     // Not `mul_add`: without the instruction it is a call into the C library.
     #[inline(always)]
@@ -70,16 +55,8 @@ impl Simd for Plain {
         Self::add(Self::mul(a, b), c)
     }
     #[inline(always)]
-    unsafe fn max(a: [f32; N], b: [f32; N]) -> [f32; N] {
-        pairs(a, b, |a, b| if a > b { a } else { b })
-    }
-    #[inline(always)]
     unsafe fn load_f16(p: *const u16) -> [f32; N] {
         each(p.cast::<[u16; N]>().read_unaligned(), |&x| f16::from_bits(x).to_f32())
-    }
-    #[inline(always)]
-    unsafe fn load_bf16(p: *const u16) -> [f32; N] {
-        each(p.cast::<[u16; N]>().read_unaligned(), |&x| bf16::from_bits(x).to_f32())
     }
     #[inline(always)]
     unsafe fn load_u8(p: *const u8) -> [f32; N] {
@@ -90,48 +67,12 @@ impl Simd for Plain {
         each(p.cast::<[i8; N]>().read_unaligned(), |&x| f32::from(x))
     }
     #[inline(always)]
-    unsafe fn reduce_add(x: [f32; N]) -> f32 {
-        (x[0] + x[2]) + (x[1] + x[3])
-    }
-    #[inline(always)]
-    unsafe fn reduce_max(x: [f32; N]) -> f32 {
-        x.into_iter().fold(f32::NEG_INFINITY, f32::max)
-    }
-    #[inline(always)]
-    unsafe fn round(x: [f32; N]) -> [f32; N] {
-        each(x, |x| x.round_ties_even())
-    }
-    #[inline(always)]
-    unsafe fn scale2(x: [f32; N], n: [f32; N]) -> [f32; N] {
-        pairs(x, n, |x, n| x * f32::from_bits(((n as i32 + 127) as u32) << 23))
-    }
-    #[inline(always)]
-    unsafe fn zero_below(x: [f32; N], limit: f32, y: [f32; N]) -> [f32; N] {
-        pairs(x, y, |x, y| if x >= limit { y } else { 0.0 })
-    }
-    #[inline(always)]
     unsafe fn splat_i(x: i32) -> [i32; N] {
         [x; N]
     }
     #[inline(always)]
     unsafe fn to_f(x: [i32; N]) -> [f32; N] {
         each(x, |&x| x as f32)
-    }
-    #[inline(always)]
-    unsafe fn to_i(x: [f32; N]) -> [i32; N] {
-        each(x, |x| x.round_ties_even() as i32)
-    }
-    #[inline(always)]
-    unsafe fn add_i(a: [i32; N], b: [i32; N]) -> [i32; N] {
-        pairs(a, b, i32::wrapping_add)
-    }
-    #[inline(always)]
-    unsafe fn reduce_add_i(x: [i32; N]) -> i32 {
-        x.into_iter().fold(0, i32::wrapping_add)
-    }
-    #[inline(always)]
-    unsafe fn store_i8(p: *mut i8, x: [i32; N]) {
-        p.cast::<[i8; N]>().write_unaligned(each(x, |&x| x as i8));
     }
     #[inline(always)]
     unsafe fn load_b(p: *const u8) -> [u8; 4 * N] {
@@ -182,4 +123,69 @@ impl Simd for Plain {
     }
     #[inline(always)]
     unsafe fn prefetch(_p: *const u8) {}
+}
+
+impl Simd for Plain {
+    const INT_ROWS: usize = 4;
+    const FLOAT_ROWS: usize = 2;
+    const QUERY_SUMS: usize = 8;
+
+    type Wide = Self;
+
+    #[inline(always)]
+    unsafe fn load(p: *const f32) -> [f32; N] {
+        p.cast::<[f32; N]>().read_unaligned()
+    }
+    #[inline(always)]
+    unsafe fn add(a: [f32; N], b: [f32; N]) -> [f32; N] {
+        pairs(a, b, |a, b| a + b)
+    }
+    #[inline(always)]
+    unsafe fn div(a: [f32; N], b: [f32; N]) -> [f32; N] {
+        pairs(a, b, |a, b| a / b)
+    }
+    #[inline(always)]
+    unsafe fn max(a: [f32; N], b: [f32; N]) -> [f32; N] {
+        pairs(a, b, |a, b| if a > b { a } else { b })
+    }
+    #[inline(always)]
+    unsafe fn load_bf16(p: *const u16) -> [f32; N] {
+        each(p.cast::<[u16; N]>().read_unaligned(), |&x| bf16::from_bits(x).to_f32())
+    }
+    #[inline(always)]
+    unsafe fn reduce_add(x: [f32; N]) -> f32 {
+        (x[0] + x[2]) + (x[1] + x[3])
+    }
+    #[inline(always)]
+    unsafe fn reduce_max(x: [f32; N]) -> f32 {
+        x.into_iter().fold(f32::NEG_INFINITY, f32::max)
+    }
+    #[inline(always)]
+    unsafe fn round(x: [f32; N]) -> [f32; N] {
+        each(x, |x| x.round_ties_even())
+    }
+    #[inline(always)]
+    unsafe fn scale2(x: [f32; N], n: [f32; N]) -> [f32; N] {
+        pairs(x, n, |x, n| x * f32::from_bits(((n as i32 + 127) as u32) << 23))
+    }
+    #[inline(always)]
+    unsafe fn zero_below(x: [f32; N], limit: f32, y: [f32; N]) -> [f32; N] {
+        pairs(x, y, |x, y| if x >= limit { y } else { 0.0 })
+    }
+    #[inline(always)]
+    unsafe fn to_i(x: [f32; N]) -> [i32; N] {
+        each(x, |x| x.round_ties_even() as i32)
+    }
+    #[inline(always)]
+    unsafe fn add_i(a: [i32; N], b: [i32; N]) -> [i32; N] {
+        pairs(a, b, i32::wrapping_add)
+    }
+    #[inline(always)]
+    unsafe fn reduce_add_i(x: [i32; N]) -> i32 {
+        x.into_iter().fold(0, i32::wrapping_add)
+    }
+    #[inline(always)]
+    unsafe fn store_i8(p: *mut i8, x: [i32; N]) {
+        p.cast::<[i8; N]>().write_unaligned(each(x, |&x| x as i8));
+    }
 }
