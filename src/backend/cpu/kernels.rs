@@ -10,7 +10,7 @@ use std::sync::OnceLock;
 use super::attention::{self, Attend};
 use super::packed::{Packing, TILE};
 use super::simd::plain::Plain;
-use super::simd::{Dots, Simd};
+use super::simd::{Simd, Tiled};
 use crate::error::{Error, Result, invalid};
 use crate::model::RopePairs;
 
@@ -231,19 +231,19 @@ unsafe fn i32_at(p: *const u32, i: usize) -> i32 {
 /// # Safety
 /// As for [`tile`].
 #[inline(always)]
-unsafe fn add_quad<S: Dots, const K: usize>(s: &mut [S::P; K], weights: S::B, x: *const i32, quad: usize) {
+unsafe fn add_quad<S: Tiled, const K: usize>(s: &mut [S::P; K], weights: S::B, x: *const i32, quad: usize) {
     for k in 0..K {
         // SAFETY: a block has 8 quads of K rows.
         unsafe { s[k] = S::dot(s[k], weights, x.add(quad * K + k).read_unaligned()) };
     }
 }
 
-/// See [`Dots::carry`].
+/// See [`Tiled::carry`].
 ///
 /// # Safety
 /// As for [`tile`].
 #[inline(always)]
-unsafe fn carry<S: Dots, const K: usize>(s: &mut [S::P; K], carried: &mut [S::I; K]) {
+unsafe fn carry<S: Tiled, const K: usize>(s: &mut [S::P; K], carried: &mut [S::I; K]) {
     for k in 0..K {
         // SAFETY: the caller's.
         (s[k], carried[k]) = unsafe { S::carry(s[k], carried[k]) };
@@ -255,7 +255,7 @@ unsafe fn carry<S: Dots, const K: usize>(s: &mut [S::P; K], carried: &mut [S::I;
 /// # Safety
 /// As for [`tile`].
 #[inline(always)]
-unsafe fn add_scaled<S: Dots>(acc: &mut S::F, sum: S::I, scale: S::F, scales: *const u32, k: usize) {
+unsafe fn add_scaled<S: Tiled>(acc: &mut S::F, sum: S::I, scale: S::F, scales: *const u32, k: usize) {
     // SAFETY: a word for each row.
     unsafe { *acc = S::fma(S::mul(scale, S::splat(f32_at(scales, k))), S::to_f(sum), *acc) };
 }
@@ -265,7 +265,7 @@ unsafe fn add_scaled<S: Dots>(acc: &mut S::F, sum: S::I, scale: S::F, scales: *c
 /// # Safety
 /// As for [`tile`].
 #[inline(always)]
-unsafe fn tile_4<S: Dots, const K: usize, const HAS_MIN: bool>(t: &Tile) {
+unsafe fn tile_4<S: Tiled, const K: usize, const HAS_MIN: bool>(t: &Tile) {
     let unit = if HAS_MIN { 320 } else { 288 };
     // SAFETY: every pointer stays within its array: blocks and rows are counted by the loops.
     unsafe {
@@ -321,7 +321,7 @@ unsafe fn tile_4<S: Dots, const K: usize, const HAS_MIN: bool>(t: &Tile) {
 /// # Safety
 /// As for [`tile`].
 #[inline(always)]
-unsafe fn tile_8<S: Dots, const K: usize>(t: &Tile) {
+unsafe fn tile_8<S: Tiled, const K: usize>(t: &Tile) {
     // SAFETY: as in `tile_4`.
     unsafe {
         for lane in (0..TILE).step_by(S::LANES) {
@@ -364,7 +364,7 @@ unsafe fn tile_8<S: Dots, const K: usize>(t: &Tile) {
 /// # Safety
 /// As for [`tile`].
 #[inline(always)]
-unsafe fn tile_4_k<S: Dots, const K: usize, const HAS_HIGH: bool>(t: &Tile) {
+unsafe fn tile_4_k<S: Tiled, const K: usize, const HAS_HIGH: bool>(t: &Tile) {
     let block = if HAS_HIGH { 352 } else { 288 };
     // SAFETY: as in `tile_4`.
     unsafe {
@@ -423,7 +423,7 @@ unsafe fn tile_4_k<S: Dots, const K: usize, const HAS_HIGH: bool>(t: &Tile) {
 /// # Safety
 /// As for [`tile`].
 #[inline(always)]
-unsafe fn tile_6_k<S: Dots, const K: usize>(t: &Tile) {
+unsafe fn tile_6_k<S: Tiled, const K: usize>(t: &Tile) {
     // SAFETY: as in `tile_4`.
     unsafe {
         for lane in (0..TILE).step_by(S::LANES) {
@@ -486,7 +486,7 @@ const F16: u8 = Packing::F16 as u8;
 /// # Safety
 /// The CPU has `S`; a column of a tile lies behind `w`.
 #[inline(always)]
-unsafe fn column<S: Simd, const T: u8>(w: *const u8, lane: usize) -> S::F {
+unsafe fn column<S: Tiled, const T: u8>(w: *const u8, lane: usize) -> S::F {
     // SAFETY: the caller's.
     unsafe {
         match T {
@@ -497,12 +497,12 @@ unsafe fn column<S: Simd, const T: u8>(w: *const u8, lane: usize) -> S::F {
     }
 }
 
-/// F32, F16 and BF16 with f32 activations. Four chains of sums, by column: one would wait for itself.
+/// F32, F16 and BF16 with f32 activations.
 ///
 /// # Safety
 /// As for [`tile`].
 #[inline(always)]
-unsafe fn tile_f<S: Simd, const T: u8, const K: usize>(t: &Tile) {
+unsafe fn tile_f<S: Tiled, const T: u8, const K: usize>(t: &Tile) {
     let column_bytes = if T == F32 { 4 * TILE } else { 2 * TILE };
     // SAFETY: as in `tile_4`.
     unsafe {
@@ -516,7 +516,8 @@ unsafe fn tile_f<S: Simd, const T: u8, const K: usize>(t: &Tile) {
                     }
                     let v = column::<S, T>(w.add(C * column_bytes), lane);
                     for k in 0..K {
-                        acc[C][k] = S::fma(v, S::splat(x.add(C * K + k).read_unaligned()), acc[C][k]);
+                        let chain = C % S::CHAINS;
+                        acc[chain][k] = S::fma(v, S::splat(x.add(C * K + k).read_unaligned()), acc[chain][k]);
                     }
                 });
                 w = w.add(4 * column_bytes);
@@ -551,7 +552,7 @@ unsafe fn tile<S: Simd, const T: u8, const K: usize>(t: &Tile) {
             3 => tile_4_k::<S::Wide, K, false>(t),
             4 => tile_4_k::<S::Wide, K, true>(t),
             5 => tile_6_k::<S::Wide, K>(t),
-            _ => tile_f::<S, T, K>(t),
+            _ => tile_f::<S::Wide, T, K>(t),
         }
     }
 }

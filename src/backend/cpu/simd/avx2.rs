@@ -4,7 +4,7 @@
 use std::arch::asm;
 use std::arch::x86_64::*;
 
-use super::{Dots, Simd, Twice};
+use super::{Simd, Tiled, Twice};
 
 #[derive(Clone, Copy)]
 pub struct Avx2;
@@ -23,7 +23,7 @@ unsafe fn in_order(mut sum: __m256i) -> __m256i {
 
 macro_rules! avx2 {
     ($name:ident, $($dots:tt)*) => {
-        impl Dots for $name {
+        impl Tiled for $name {
             const LANES: usize = 8;
 
             type F = __m256;
@@ -33,6 +33,19 @@ macro_rules! avx2 {
             #[inline(always)]
             unsafe fn splat(x: f32) -> __m256 {
                 _mm256_set1_ps(x)
+            }
+            #[inline(always)]
+            unsafe fn load(p: *const f32) -> __m256 {
+                _mm256_loadu_ps(p)
+            }
+            #[inline(always)]
+            unsafe fn add(a: __m256, b: __m256) -> __m256 {
+                _mm256_add_ps(a, b)
+            }
+            #[inline(always)]
+            unsafe fn load_bf16(p: *const u16) -> __m256 {
+                let x = _mm256_cvtepu16_epi32(_mm_loadu_si128(p.cast()));
+                _mm256_castsi256_ps(_mm256_slli_epi32::<16>(x))
             }
             #[inline(always)]
             unsafe fn store(p: *mut f32, x: __m256) {
@@ -95,25 +108,12 @@ macro_rules! avx2 {
             type Wide = Twice<Self>;
 
             #[inline(always)]
-            unsafe fn load(p: *const f32) -> __m256 {
-                _mm256_loadu_ps(p)
-            }
-            #[inline(always)]
-            unsafe fn add(a: __m256, b: __m256) -> __m256 {
-                _mm256_add_ps(a, b)
-            }
-            #[inline(always)]
             unsafe fn div(a: __m256, b: __m256) -> __m256 {
                 _mm256_div_ps(a, b)
             }
             #[inline(always)]
             unsafe fn max(a: __m256, b: __m256) -> __m256 {
                 _mm256_max_ps(a, b)
-            }
-            #[inline(always)]
-            unsafe fn load_bf16(p: *const u16) -> __m256 {
-                let x = _mm256_cvtepu16_epi32(_mm_loadu_si128(p.cast()));
-                _mm256_castsi256_ps(_mm256_slli_epi32::<16>(x))
             }
             #[inline(always)]
             unsafe fn reduce_add(x: __m256) -> f32 {

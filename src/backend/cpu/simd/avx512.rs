@@ -3,12 +3,12 @@
 
 use std::arch::x86_64::*;
 
-use super::{Dots, Simd};
+use super::{Simd, Tiled};
 
 #[derive(Clone, Copy)]
 pub struct Avx512Vnni;
 
-impl Dots for Avx512Vnni {
+impl Tiled for Avx512Vnni {
     const LANES: usize = 16;
 
     type F = __m512;
@@ -19,6 +19,19 @@ impl Dots for Avx512Vnni {
     #[inline(always)]
     unsafe fn splat(x: f32) -> __m512 {
         _mm512_set1_ps(x)
+    }
+    #[inline(always)]
+    unsafe fn load(p: *const f32) -> __m512 {
+        _mm512_loadu_ps(p)
+    }
+    #[inline(always)]
+    unsafe fn add(a: __m512, b: __m512) -> __m512 {
+        _mm512_add_ps(a, b)
+    }
+    #[inline(always)]
+    unsafe fn load_bf16(p: *const u16) -> __m512 {
+        let x = _mm512_cvtepu16_epi32(_mm256_loadu_si256(p.cast()));
+        _mm512_castsi512_ps(_mm512_slli_epi32::<16>(x))
     }
     #[inline(always)]
     unsafe fn store(p: *mut f32, x: __m512) {
@@ -105,25 +118,12 @@ impl Simd for Avx512Vnni {
     type Wide = Self;
 
     #[inline(always)]
-    unsafe fn load(p: *const f32) -> __m512 {
-        _mm512_loadu_ps(p)
-    }
-    #[inline(always)]
-    unsafe fn add(a: __m512, b: __m512) -> __m512 {
-        _mm512_add_ps(a, b)
-    }
-    #[inline(always)]
     unsafe fn div(a: __m512, b: __m512) -> __m512 {
         _mm512_div_ps(a, b)
     }
     #[inline(always)]
     unsafe fn max(a: __m512, b: __m512) -> __m512 {
         _mm512_max_ps(a, b)
-    }
-    #[inline(always)]
-    unsafe fn load_bf16(p: *const u16) -> __m512 {
-        let x = _mm512_cvtepu16_epi32(_mm256_loadu_si256(p.cast()));
-        _mm512_castsi512_ps(_mm512_slli_epi32::<16>(x))
     }
     #[inline(always)]
     unsafe fn reduce_add(x: __m512) -> f32 {

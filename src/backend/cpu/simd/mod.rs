@@ -15,10 +15,12 @@ pub mod plain;
 
 use std::marker::PhantomData;
 
-/// What the integer kernels need of vectors: those of an instruction set, or two of them side by side ([`Twice`]).
-pub trait Dots: Copy {
+/// What the kernels of matrices need of vectors: those of an instruction set, or two of them side by side ([`Twice`]).
+pub trait Tiled: Copy {
     /// 32-bit elements of a vector; divides 16, the rows of a weight tile.
     const LANES: usize;
+    /// Sums that a float kernel keeps for each element, by column: one would wait for itself. Divides 4.
+    const CHAINS: usize = 4;
 
     /// f32 x LANES
     type F: Copy;
@@ -26,15 +28,18 @@ pub trait Dots: Copy {
     type I: Copy;
     /// u8 x 4 LANES
     type B: Copy;
-    /// A running sum of [`Dots::dot`]: i32 x LANES, or narrower where the CPU has no instruction that adds four products to 32 bits.
+    /// A running sum of [`Tiled::dot`]: i32 x LANES, or narrower where the CPU has no instruction that adds four products to 32 bits.
     type P: Copy;
 
     unsafe fn splat(x: f32) -> Self::F;
+    unsafe fn load(p: *const f32) -> Self::F;
     unsafe fn store(p: *mut f32, x: Self::F);
+    unsafe fn add(a: Self::F, b: Self::F) -> Self::F;
     unsafe fn mul(a: Self::F, b: Self::F) -> Self::F;
     /// `a b + c`
     unsafe fn fma(a: Self::F, b: Self::F, c: Self::F) -> Self::F;
     unsafe fn load_f16(p: *const u16) -> Self::F;
+    unsafe fn load_bf16(p: *const u16) -> Self::F;
     unsafe fn load_u8(p: *const u8) -> Self::F;
     unsafe fn load_i8(p: *const i8) -> Self::F;
     unsafe fn splat_i(x: i32) -> Self::I;
@@ -43,36 +48,33 @@ pub trait Dots: Copy {
     /// `(byte << left >> right) & mask`, where mask has no bit that came from a neighbouring byte.
     unsafe fn bits(x: Self::B, left: i32, right: i32, mask: u8) -> Self::B;
     unsafe fn or(a: Self::B, b: Self::B) -> Self::B;
-    /// What a sum over [`Dots::dot`] begins with; [`Dots::end`] is told the same `zero`, which one of the two adds.
+    /// What a sum over [`Tiled::dot`] begins with; [`Tiled::end`] is told the same `zero`, which one of the two adds.
     unsafe fn begin(zero: i32) -> Self::P;
     /// Adds to each element the products of its four bytes of `w`, unsigned, with the four signed bytes of `x`, at most 127 large. Between
-    /// [`Dots::begin`] or [`Dots::carry`] and the next `carry` or `end`: 8 times for `w` of up to 4 bits, 4 times for 5, twice for 6.
+    /// [`Tiled::begin`] or [`Tiled::carry`] and the next `carry` or `end`: 8 times for `w` of up to 4 bits, 4 times for 5, twice for 6.
     unsafe fn dot(sum: Self::P, w: Self::B, x: i32) -> Self::P;
     /// Takes what is in `sum` to `carried`, where `sum` is too narrow to go on; both make up the sum.
     unsafe fn carry(sum: Self::P, carried: Self::I) -> (Self::P, Self::I);
     unsafe fn end(sum: Self::P, carried: Self::I, zero: i32) -> Self::I;
-    /// What a sum over [`Dots::dot_biased`] begins with; `zero` is -128 times the sum of all x.
+    /// What a sum over [`Tiled::dot_biased`] begins with; `zero` is -128 times the sum of all x.
     unsafe fn biased_start(zero: i32) -> Self::I;
     /// The same for signed weights that are stored with 128 added.
     unsafe fn dot_biased(sum: Self::I, w: Self::B, x: i32) -> Self::I;
     unsafe fn prefetch(p: *const u8);
 }
 
-pub trait Simd: Dots {
+pub trait Simd: Tiled {
     /// Activation rows that one integer kernel can hold in registers, and one float kernel.
     const INT_ROWS: usize;
     const FLOAT_ROWS: usize;
     /// Vectors of sums that the attention's matrix product can hold in registers, for up to six query rows.
     const QUERY_SUMS: usize;
 
-    /// The vectors that integer kernels take tiles in.
-    type Wide: Dots;
+    /// The vectors that kernels of matrices take tiles in.
+    type Wide: Tiled;
 
-    unsafe fn load(p: *const f32) -> Self::F;
-    unsafe fn add(a: Self::F, b: Self::F) -> Self::F;
     unsafe fn div(a: Self::F, b: Self::F) -> Self::F;
     unsafe fn max(a: Self::F, b: Self::F) -> Self::F;
-    unsafe fn load_bf16(p: *const u16) -> Self::F;
     unsafe fn reduce_add(x: Self::F) -> f32;
     unsafe fn reduce_max(x: Self::F) -> f32;
     /// Nearest integer.
@@ -119,8 +121,9 @@ macro_rules! both {
 }
 
 #[allow(unsafe_op_in_unsafe_fn)] // the contract is the trait's, see above
-impl<S: Dots> Dots for Twice<S> {
+impl<S: Tiled> Tiled for Twice<S> {
     const LANES: usize = 2 * S::LANES;
+    const CHAINS: usize = S::CHAINS / 2;
 
     type F = (S::F, S::F);
     type I = (S::I, S::I);
@@ -132,9 +135,17 @@ impl<S: Dots> Dots for Twice<S> {
         (S::splat(x), S::splat(x))
     }
     #[inline(always)]
+    unsafe fn load(p: *const f32) -> Self::F {
+        (S::load(p), S::load(p.add(S::LANES)))
+    }
+    #[inline(always)]
     unsafe fn store(p: *mut f32, x: Self::F) {
         S::store(p, x.0);
         S::store(p.add(S::LANES), x.1);
+    }
+    #[inline(always)]
+    unsafe fn add(a: Self::F, b: Self::F) -> Self::F {
+        both!(add(a, b))
     }
     #[inline(always)]
     unsafe fn mul(a: Self::F, b: Self::F) -> Self::F {
@@ -147,6 +158,10 @@ impl<S: Dots> Dots for Twice<S> {
     #[inline(always)]
     unsafe fn load_f16(p: *const u16) -> Self::F {
         (S::load_f16(p), S::load_f16(p.add(S::LANES)))
+    }
+    #[inline(always)]
+    unsafe fn load_bf16(p: *const u16) -> Self::F {
+        (S::load_bf16(p), S::load_bf16(p.add(S::LANES)))
     }
     #[inline(always)]
     unsafe fn load_u8(p: *const u8) -> Self::F {

@@ -4,7 +4,7 @@
 use std::arch::aarch64::*;
 use std::arch::asm;
 
-use super::{Dots, Simd};
+use super::{Simd, Tiled};
 
 #[derive(Clone, Copy)]
 pub struct NeonDot;
@@ -17,7 +17,7 @@ unsafe fn sdot(mut sum: int32x4_t, a: int8x16_t, b: int8x16_t) -> int32x4_t {
     sum
 }
 
-impl Dots for NeonDot {
+impl Tiled for NeonDot {
     const LANES: usize = 4;
 
     type F = float32x4_t;
@@ -28,6 +28,18 @@ impl Dots for NeonDot {
     #[inline(always)]
     unsafe fn splat(x: f32) -> float32x4_t {
         vdupq_n_f32(x)
+    }
+    #[inline(always)]
+    unsafe fn load(p: *const f32) -> float32x4_t {
+        vld1q_f32(p)
+    }
+    #[inline(always)]
+    unsafe fn add(a: float32x4_t, b: float32x4_t) -> float32x4_t {
+        vaddq_f32(a, b)
+    }
+    #[inline(always)]
+    unsafe fn load_bf16(p: *const u16) -> float32x4_t {
+        vreinterpretq_f32_u32(vshll_n_u16::<16>(vld1_u16(p)))
     }
     #[inline(always)]
     unsafe fn store(p: *mut f32, x: float32x4_t) {
@@ -117,24 +129,12 @@ impl Simd for NeonDot {
     type Wide = Self;
 
     #[inline(always)]
-    unsafe fn load(p: *const f32) -> float32x4_t {
-        vld1q_f32(p)
-    }
-    #[inline(always)]
-    unsafe fn add(a: float32x4_t, b: float32x4_t) -> float32x4_t {
-        vaddq_f32(a, b)
-    }
-    #[inline(always)]
     unsafe fn div(a: float32x4_t, b: float32x4_t) -> float32x4_t {
         vdivq_f32(a, b)
     }
     #[inline(always)]
     unsafe fn max(a: float32x4_t, b: float32x4_t) -> float32x4_t {
         vmaxq_f32(a, b)
-    }
-    #[inline(always)]
-    unsafe fn load_bf16(p: *const u16) -> float32x4_t {
-        vreinterpretq_f32_u32(vshll_n_u16::<16>(vld1_u16(p)))
     }
     #[inline(always)]
     unsafe fn reduce_add(x: float32x4_t) -> f32 {

@@ -3,7 +3,7 @@
 
 use half::{bf16, f16};
 
-use super::{Dots, Simd};
+use super::{Simd, Tiled};
 
 #[derive(Clone, Copy)]
 pub struct Plain;
@@ -29,7 +29,7 @@ fn four(x: i32) -> [i8; 4] {
     x.to_le_bytes().map(|b| b as i8)
 }
 
-impl Dots for Plain {
+impl Tiled for Plain {
     const LANES: usize = N;
 
     type F = [f32; N];
@@ -40,6 +40,18 @@ impl Dots for Plain {
     #[inline(always)]
     unsafe fn splat(x: f32) -> [f32; N] {
         [x; N]
+    }
+    #[inline(always)]
+    unsafe fn load(p: *const f32) -> [f32; N] {
+        p.cast::<[f32; N]>().read_unaligned()
+    }
+    #[inline(always)]
+    unsafe fn add(a: [f32; N], b: [f32; N]) -> [f32; N] {
+        pairs(a, b, |a, b| a + b)
+    }
+    #[inline(always)]
+    unsafe fn load_bf16(p: *const u16) -> [f32; N] {
+        each(p.cast::<[u16; N]>().read_unaligned(), |&x| bf16::from_bits(x).to_f32())
     }
     #[inline(always)]
     unsafe fn store(p: *mut f32, x: [f32; N]) {
@@ -133,24 +145,12 @@ impl Simd for Plain {
     type Wide = Self;
 
     #[inline(always)]
-    unsafe fn load(p: *const f32) -> [f32; N] {
-        p.cast::<[f32; N]>().read_unaligned()
-    }
-    #[inline(always)]
-    unsafe fn add(a: [f32; N], b: [f32; N]) -> [f32; N] {
-        pairs(a, b, |a, b| a + b)
-    }
-    #[inline(always)]
     unsafe fn div(a: [f32; N], b: [f32; N]) -> [f32; N] {
         pairs(a, b, |a, b| a / b)
     }
     #[inline(always)]
     unsafe fn max(a: [f32; N], b: [f32; N]) -> [f32; N] {
         pairs(a, b, |a, b| if a > b { a } else { b })
-    }
-    #[inline(always)]
-    unsafe fn load_bf16(p: *const u16) -> [f32; N] {
-        each(p.cast::<[u16; N]>().read_unaligned(), |&x| bf16::from_bits(x).to_f32())
     }
     #[inline(always)]
     unsafe fn reduce_add(x: [f32; N]) -> f32 {
