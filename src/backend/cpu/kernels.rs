@@ -74,9 +74,9 @@ pub type TileFn = unsafe fn(&Tile);
 /// what must lie behind them is said at the argument types.
 pub struct Kernels {
     pub variant: Variant,
-    /// Activation rows of the largest group, see [`groups`].
-    pub int_rows: usize,
-    pub float_rows: usize,
+    int_rows: usize,
+    many_int_rows: usize,
+    float_rows: usize,
     /// The kernel for a group of so many rows.
     pub tile: fn(Packing, usize) -> TileFn,
     /// Quantizes whole blocks of a row of activations.
@@ -93,6 +93,20 @@ pub struct Kernels {
     pub finish: unsafe fn(&[f32], &mut [f32]),
     /// Reads memory as fast as the vectors go; the result is there to be wanted.
     pub read: unsafe fn(&[u8]) -> i32,
+}
+
+/// Rows that a tile is taken from memory for; more are a prompt's, for which it stays in the cache.
+const FEW_ROWS: usize = 16;
+
+impl Kernels {
+    /// Activation rows of the largest group for a packing, where there are `n` in all; see [`groups`].
+    pub fn largest_group(&self, is_float: bool, n: usize) -> usize {
+        match is_float {
+            true => self.float_rows,
+            false if n <= FEW_ROWS => self.int_rows,
+            false => self.many_int_rows,
+        }
+    }
 }
 
 /// The group that row `row` of `n` belongs to, as (first row, rows): `n` rows are cut into groups that kernels exist for.
@@ -795,6 +809,7 @@ macro_rules! instruction_set {
             pub static KERNELS: Kernels = Kernels {
                 variant: $variant,
                 int_rows: <$simd>::INT_ROWS,
+                many_int_rows: <$simd>::MANY_INT_ROWS,
                 float_rows: <$simd>::FLOAT_ROWS,
                 tile: select,
                 quantize: quantize_row,

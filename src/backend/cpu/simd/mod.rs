@@ -66,6 +66,8 @@ pub trait Tiled: Copy {
 pub trait Simd: Tiled {
     /// Activation rows that one integer kernel can hold in registers, and one float kernel.
     const INT_ROWS: usize;
+    /// The same where a tile stays in the cache for many groups: what is faster then.
+    const MANY_INT_ROWS: usize = Self::INT_ROWS;
     const FLOAT_ROWS: usize;
     /// Vectors of sums that the attention's matrix product can hold in registers, for up to six query rows.
     const QUERY_SUMS: usize;
