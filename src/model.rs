@@ -203,7 +203,10 @@ impl Model {
             backend.name()
         );
         let token_environment = Arc::default();
-        Ok(Model { hyper, backend, tokenizer: tokenizer.map(Arc::new), token_environment, desc, weights_hash })
+        let tokenizer = tokenizer.map(Arc::new);
+        drop(checkpoint);
+        give_back_memory();
+        Ok(Model { hyper, backend, tokenizer, token_environment, desc, weights_hash })
     }
 
     /// The same weights, shared, run with other (copies, window, chunk): see [`LoadOptions::rules`].
@@ -265,6 +268,15 @@ impl Model {
     pub fn backend_name(&self) -> String {
         self.backend.name()
     }
+}
+
+/// Building a tokenizer takes several times the memory that it keeps, in small pieces that the allocator holds on to.
+fn give_back_memory() {
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    // SAFETY: may be called at any time, by any thread.
+    unsafe {
+        libc::malloc_trim(0)
+    };
 }
 
 /// Names, types, shapes, and some sixteen pieces of each tensor: reading all of a large file would take longer than loading it.

@@ -6,6 +6,7 @@ use std::path::Path;
 use serde_json::json;
 use tokenizers::Tokenizer as HubTokenizer;
 
+use super::hub::HubPair;
 use super::sentencepiece::{CONTROL, SentencePiece, UNKNOWN, USER_DEFINED};
 use super::special::{Special, Specials, is_spelling};
 use super::{DEFAULT_TEMPLATE, Encoder, Spelling, Token, Tokenizer};
@@ -257,7 +258,6 @@ fn byte_level(path: &Path, vocab: &GgufVocab, types: &[i32]) -> Result<(Encoder,
     });
     let parsing = HubTokenizer::from_bytes(description.to_string())
         .map_err(|e| Error::format(path, format!("the tokenizer's vocabulary or merges do not fit together: {e}")))?;
-    let mut plain = parsing.clone();
-    plain.set_encode_special_tokens(true);
-    Ok((Encoder::Hub { parsing: Box::new(parsing), plain: Box::new(plain) }, words.add_bos))
+    let pair = HubPair::new(&parsing).map_err(|e| Error::format(path, format!("is not a tokenizer: {e}")))?;
+    Ok((Encoder::Hub(Box::new(pair)), words.add_bos))
 }

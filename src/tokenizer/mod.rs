@@ -2,6 +2,7 @@
 
 pub mod chat;
 mod gguf;
+mod hub;
 mod sentencepiece;
 mod special;
 mod stop;
@@ -15,6 +16,7 @@ use tokenizers::Tokenizer as HubTokenizer;
 
 pub use gguf::GgufVocab;
 pub(crate) use gguf::{is_byte_piece, is_known_pre, pre_of_pattern};
+use hub::HubPair;
 use sentencepiece::SentencePiece;
 pub use special::Special;
 use special::Specials;
@@ -42,19 +44,48 @@ struct Token {
     is_control: bool,
 }
 
+/// A vocabulary's entries by id.
+#[derive(Default)]
+struct Tokens {
+    bytes: Vec<u8>, // of all, one after the other
+    ends: Vec<usize>,
+    is_control: Vec<bool>,
+}
+
+impl Tokens {
+    fn len(&self) -> usize {
+        self.ends.len()
+    }
+
+    fn get(&self, id: usize) -> Option<(&[u8], bool)> {
+        let end = *self.ends.get(id)?;
+        let start = id.checked_sub(1).map_or(0, |before| self.ends[before]);
+        Some((&self.bytes[start..end], self.is_control[id]))
+    }
+}
+
+impl FromIterator<Token> for Tokens {
+    fn from_iter<I: IntoIterator<Item = Token>>(tokens: I) -> Tokens {
+        let mut all = Tokens::default();
+        for token in tokens {
+            all.bytes.extend_from_slice(&token.bytes);
+            all.ends.push(all.bytes.len());
+            all.is_control.push(token.is_control);
+        }
+        all.bytes.shrink_to_fit();
+        all
+    }
+}
+
 enum Encoder {
-    /// The same tokenizer twice: special tokens in the text are parsed, or are text like any other.
-    Hub {
-        parsing: Box<HubTokenizer>,
-        plain: Box<HubTokenizer>,
-    },
+    Hub(Box<HubPair>),
     SentencePiece(Box<SentencePiece>),
 }
 
 /// Immutable; shared by any number of threads.
 pub struct Tokenizer {
     encoder: Encoder,
-    tokens: Vec<Token>,
+    tokens: Tokens,
     specials: Specials,
     add_bos: bool,
     add_eos: bool,
@@ -143,9 +174,8 @@ impl Tokenizer {
         }
         // Files of their own take precedence.
         chat_templates.extend(files.chat_templates.clone());
-        let mut plain = parsing.clone();
-        plain.set_encode_special_tokens(true);
-        let encoder = Encoder::Hub { parsing: Box::new(parsing), plain: Box::new(plain) };
+        let encoder =
+            Encoder::Hub(Box::new(HubPair::new(&parsing).map_err(|e| fail(format!("is not a tokenizer: {e}")))?));
         // What is added around a text is the post-processor's business here.
         let mut t = Tokenizer {
             encoder,
@@ -165,8 +195,9 @@ impl Tokenizer {
     fn finish_ends(&mut self) {
         let roles = [Special::Eos, Special::Eot].into_iter().chain(Special::FIM_ENDS);
         self.ends.extend(roles.filter_map(|role| self.specials.get(role)));
-        for (id, token) in self.tokens.iter().enumerate() {
-            if token.is_control && END_TEXTS.iter().any(|t| t.as_bytes() == &*token.bytes) {
+        for id in 0..self.tokens.len() {
+            let is_end = |bytes| END_TEXTS.iter().any(|t| t.as_bytes() == bytes);
+            if self.tokens.get(id).is_some_and(|(bytes, is_control)| is_control && is_end(bytes)) {
                 self.ends.push(id as u32);
             }
         }
@@ -188,11 +219,9 @@ impl Tokenizer {
             ids.extend(self.bos());
         }
         match &self.encoder {
-            Encoder::Hub { parsing, plain } => {
-                let tokenizer = if parse_special { parsing } else { plain };
-                let encoding = tokenizer
-                    .encode_fast(text, add_special)
-                    .map_err(|e| Error::Internal(format!("the tokenizer failed: {e}")))?;
+            Encoder::Hub(pair) => {
+                let encoding = pair.encode(text, add_special, parse_special);
+                let encoding = encoding.map_err(|e| Error::Internal(format!("the tokenizer failed: {e}")))?;
                 ids.extend_from_slice(encoding.get_ids());
             }
             Encoder::SentencePiece(pieces) => pieces.encode(text, parse_special, &mut ids),
@@ -203,7 +232,8 @@ impl Tokenizer {
         Ok(ids)
     }
 
-    fn token(&self, id: u32) -> Result<&Token> {
+    /// A token's bytes, and whether it is a control token.
+    fn token(&self, id: u32) -> Result<(&[u8], bool)> {
         self.tokens
             .get(id as usize)
             .ok_or_else(|| invalid!("token {id} is not in the vocabulary of {} tokens", self.tokens.len()))
@@ -211,8 +241,8 @@ impl Tokenizer {
 
     /// The bytes of one token, which may be part of a character; control tokens have none unless `special`.
     pub fn token_bytes(&self, id: u32, special: bool) -> Result<&[u8]> {
-        let token = self.token(id)?;
-        Ok(if token.is_control && !special { &[] } else { &token.bytes })
+        let (bytes, is_control) = self.token(id)?;
+        Ok(if is_control && !special { &[] } else { bytes })
     }
 
     /// How a token is spelled in a template; empty for none.
