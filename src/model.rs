@@ -270,7 +270,8 @@ impl Model {
     }
 }
 
-/// Building a tokenizer takes several times the memory that it keeps, in small pieces that the allocator holds on to.
+/// Building a tokenizer takes several times the memory that it keeps, in small pieces that the allocator holds on to. It is the host's
+/// allocator: its own free pages go back, too, and it takes them again when it needs them.
 fn give_back_memory() {
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
     // SAFETY: may be called at any time, by any thread.

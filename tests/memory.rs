@@ -1,5 +1,5 @@
 //! What a loaded model and a session keep in memory, as the system counts it. A process of its own: nothing else is in it.
-#![cfg(target_os = "linux")]
+#![cfg(all(target_os = "linux", target_env = "gnu"))]
 
 mod common;
 

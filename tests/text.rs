@@ -190,6 +190,28 @@ fn hub_tokens_by_role() {
     assert_eq!(roles(), [Some(id("c")), Some(id("b")), None, Some(id("d"))]);
 }
 
+/// Files that were saved after training say how its batches were cut and filled up.
+#[test]
+fn prompts_are_neither_cut_nor_filled_up() {
+    let folder = folder_without(&["tokenizer.json"]);
+    let mut json: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(common::demo_model().join("tokenizer.json")).unwrap()).unwrap();
+    json["truncation"] = serde_json::json!({
+        "direction": "Right", "max_length": 0, "strategy": "LongestFirst", "stride": 0,
+    });
+    json["padding"] = serde_json::json!({
+        "strategy": {"Fixed": 512}, "direction": "Right", "pad_to_multiple_of": null, "pad_id": 1, "pad_type_id": 0, "pad_token": "a",
+    });
+    std::fs::write(folder.path().join("tokenizer.json"), json.to_string()).unwrap();
+    let (found, expected) = (tokenizer_of(folder.path()), tokenizer_of(&common::demo_model()));
+    let text = "In the beginning God created the heaven and the earth.";
+    for (add, parse) in [(false, false), (true, false), (false, true), (true, true)] {
+        let encode = |t: &Tokenizer| t.encode(text.as_bytes(), add, parse).unwrap();
+        assert_eq!(encode(&found), encode(&expected));
+        assert!(encode(&found).len() > 5);
+    }
+}
+
 /// A Hub folder's templates: files before tokenizer_config.json, single or by name.
 #[test]
 fn hub_templates_by_name() {

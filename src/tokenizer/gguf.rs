@@ -256,8 +256,8 @@ fn byte_level(path: &Path, vocab: &GgufVocab, types: &[i32]) -> Result<(Encoder,
         "decoder": {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false},
         "model": {"type": "BPE", "vocab": ids, "merges": merges, "ignore_merges": words.ignore_merges},
     });
-    let parsing = HubTokenizer::from_bytes(description.to_string())
+    let hub = HubTokenizer::from_bytes(description.to_string())
         .map_err(|e| Error::format(path, format!("the tokenizer's vocabulary or merges do not fit together: {e}")))?;
-    let pair = HubPair::new(&parsing).map_err(|e| Error::format(path, format!("is not a tokenizer: {e}")))?;
+    let pair = HubPair::new(&hub).map_err(|e| Error::format(path, format!("its tokenizer cannot be built: {e}")))?;
     Ok((Encoder::Hub(Box::new(pair)), words.add_bos))
 }

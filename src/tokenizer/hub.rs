@@ -5,7 +5,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use tokenizers::models::TrainerWrapper;
-use tokenizers::tokenizer::{Encoding, Model, PreTokenizedString, Result, Token, TokenizerImpl, TruncationDirection};
+use tokenizers::tokenizer::{
+    Encoding, Model, PreTokenizedString, Result, Token, TokenizerBuilder, TokenizerImpl, TruncationDirection,
+};
 use tokenizers::{
     DecoderWrapper, ModelWrapper, NormalizerWrapper, PostProcessorWrapper, PreTokenizerWrapper,
     Tokenizer as HubTokenizer,
@@ -58,15 +60,17 @@ pub struct HubPair {
 
 impl HubPair {
     pub fn new(tokenizer: &HubTokenizer) -> Result<HubPair> {
-        let mut parsing = Shared::new(SharedModel(Arc::new(tokenizer.get_model().clone())));
-        parsing.with_normalizer(tokenizer.get_normalizer().cloned())?;
-        parsing.with_pre_tokenizer(tokenizer.get_pre_tokenizer().cloned());
-        parsing.with_post_processor(tokenizer.get_post_processor().cloned());
-        parsing.with_decoder(tokenizer.get_decoder().cloned());
-        parsing.with_added_vocabulary(tokenizer.get_added_vocabulary().clone());
-        parsing.with_truncation(tokenizer.get_truncation().cloned())?;
-        parsing.with_padding(tokenizer.get_padding().cloned());
-        let mut plain = parsing.clone();
+        // Truncation and padding are left behind: a file that was saved after training holds those of its batches, and a prompt is
+        // neither cut nor filled up.
+        let parsing = TokenizerBuilder::new()
+            .with_model(SharedModel(Arc::new(tokenizer.get_model().clone())))
+            .with_normalizer(tokenizer.get_normalizer().cloned())
+            .with_pre_tokenizer(tokenizer.get_pre_tokenizer().cloned())
+            .with_post_processor(tokenizer.get_post_processor().cloned())
+            .with_decoder(tokenizer.get_decoder().cloned())
+            .with_added_vocabulary(tokenizer.get_added_vocabulary().clone())
+            .build()?;
+        let mut plain: Shared = parsing.clone();
         plain.set_encode_special_tokens(true);
         Ok(HubPair { parsing, plain })
     }

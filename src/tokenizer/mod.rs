@@ -73,6 +73,8 @@ impl FromIterator<Token> for Tokens {
             all.is_control.push(token.is_control);
         }
         all.bytes.shrink_to_fit();
+        all.ends.shrink_to_fit();
+        all.is_control.shrink_to_fit();
         all
     }
 }
@@ -114,26 +116,24 @@ impl Tokenizer {
         let bytes = std::fs::read(tokenizer_json).map_err(|e| Error::io(tokenizer_json, e))?;
         let fail = |what: String| Error::format(tokenizer_json, what);
         let json: Json = serde_json::from_slice(&bytes).map_err(|e| fail(format!("is not JSON: {e}")))?;
-        let parsing = HubTokenizer::from_bytes(&bytes).map_err(|e| fail(format!("is not a tokenizer: {e}")))?;
+        let hub = HubTokenizer::from_bytes(&bytes).map_err(|e| fail(format!("is not a tokenizer: {e}")))?;
         let spelling = spelling_of(&json["decoder"]).ok_or_else(|| {
             unsupported!("{}: decoder {} is not implemented", tokenizer_json.display(), json["decoder"]["type"])
         })?;
-        let added = parsing.get_added_tokens_decoder();
-        let n = parsing.get_vocab(true).into_values().max().map_or(0, |id| id as usize + 1);
+        let added = hub.get_added_tokens_decoder();
+        let n = hub.get_vocab(true).into_values().max().map_or(0, |id| id as usize + 1);
         if n > 1 << 22 {
             return Err(fail(format!("has a token id of {}, expected less than {}", n - 1, 1 << 22)));
         }
         let tokens = (0..n as u32)
             .map(|id| match added.get(&id) {
                 Some(token) => Token { bytes: token.content.as_bytes().into(), is_control: token.special },
-                None => {
-                    Token { bytes: spelling.bytes(&parsing.id_to_token(id).unwrap_or_default()), is_control: false }
-                }
+                None => Token { bytes: spelling.bytes(&hub.id_to_token(id).unwrap_or_default()), is_control: false },
             })
             .collect();
 
         // By text, or by number: a list where several tokens end a text, the first of which is the one.
-        let id_of = |text: &str| parsing.token_to_id(text);
+        let id_of = |text: &str| hub.token_to_id(text);
         let by_text = |source: &Json, name: &str| {
             let value = source.get(format!("{name}_token"))?;
             id_of(value.as_str().or_else(|| value.get("content")?.as_str())?)
@@ -174,8 +174,7 @@ impl Tokenizer {
         }
         // Files of their own take precedence.
         chat_templates.extend(files.chat_templates.clone());
-        let encoder =
-            Encoder::Hub(Box::new(HubPair::new(&parsing).map_err(|e| fail(format!("is not a tokenizer: {e}")))?));
+        let encoder = Encoder::Hub(Box::new(HubPair::new(&hub).map_err(|e| fail(format!("is not a tokenizer: {e}")))?));
         // What is added around a text is the post-processor's business here.
         let mut t = Tokenizer {
             encoder,

@@ -1,4 +1,4 @@
-//! The inner loops, written once over [`Simd`] and compiled for each instruction set; a table of entry points for each,
+//! The inner loops, written once over [`Simd`] and [`Tiled`] and compiled for each instruction set; a table of entry points for each,
 //! chosen once.
 //!
 //! Sums have one fixed order for each element, whatever the number of rows or threads: a row's result does not depend on
@@ -95,7 +95,7 @@ pub struct Kernels {
     pub read: unsafe fn(&[u8]) -> i32,
 }
 
-/// Rows that a tile is taken from memory for; more are a prompt's, for which it stays in the cache.
+/// Up to so many rows a step waits for its tiles to come from memory; with more, of a prompt as a rule, for its arithmetic.
 const FEW_ROWS: usize = 16;
 
 impl Kernels {

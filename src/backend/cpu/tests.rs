@@ -63,7 +63,7 @@ fn quantized(x: &[f32]) -> Vec<f64> {
         .collect()
 }
 
-const ROWS: [usize; 8] = [1, 2, 3, 4, 5, 8, 13, 25];
+const ROWS: [usize; 10] = [1, 2, 3, 4, 5, 8, 13, 16, 17, 25];
 
 fn shapes(dtype: DType) -> Vec<(usize, usize)> {
     let block = dtype.block_len();

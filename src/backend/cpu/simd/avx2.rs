@@ -4,7 +4,8 @@
 use std::arch::asm;
 use std::arch::x86_64::*;
 
-use super::{Simd, Tiled, Twice};
+use super::twice::Twice;
+use super::{Simd, Tiled};
 
 #[derive(Clone, Copy)]
 pub struct Avx2;
@@ -17,6 +18,7 @@ pub struct Avx2Vnni;
 #[inline]
 #[target_feature(enable = "avx2")]
 unsafe fn in_order(mut sum: __m256i) -> __m256i {
+    // SAFETY: no instruction, and nothing but the operand. Not `pure`: then the statements keep their order among themselves.
     asm!("/* {0} */", inout(ymm_reg) sum, options(nomem, nostack, preserves_flags));
     sum
 }
