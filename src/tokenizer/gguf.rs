@@ -258,6 +258,5 @@ fn byte_level(path: &Path, vocab: &GgufVocab, types: &[i32]) -> Result<(Encoder,
     });
     let hub = HubTokenizer::from_bytes(description.to_string())
         .map_err(|e| Error::format(path, format!("the tokenizer's vocabulary or merges do not fit together: {e}")))?;
-    let pair = HubPair::new(&hub).map_err(|e| Error::format(path, format!("its tokenizer cannot be built: {e}")))?;
-    Ok((Encoder::Hub(Box::new(pair)), words.add_bos))
+    Ok((Encoder::Hub(Box::new(HubPair::new(&hub))), words.add_bos))
 }

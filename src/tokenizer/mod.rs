@@ -174,7 +174,7 @@ impl Tokenizer {
         }
         // Files of their own take precedence.
         chat_templates.extend(files.chat_templates.clone());
-        let encoder = Encoder::Hub(Box::new(HubPair::new(&hub).map_err(|e| fail(format!("is not a tokenizer: {e}")))?));
+        let encoder = Encoder::Hub(Box::new(HubPair::new(&hub)));
         // What is added around a text is the post-processor's business here.
         let mut t = Tokenizer {
             encoder,
