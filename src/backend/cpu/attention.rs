@@ -1,4 +1,4 @@
-//! Attention of a tile of query rows over one read of the cache: keys and values are converted once for all of them, the
+//! Attention of a tile of query rows over one read of the cache: keys and values are converted as they are multiplied, the
 //! softmax is carried along (Milakov and Gimelshein, arXiv 1805.02867).
 //!
 //! Keys are taken in fixed pieces: runs of 256 to a step of the softmax, splits of a length that depends on the query's own context alone
@@ -6,10 +6,13 @@
 //! result depends neither on the number of threads nor on the rows beside it, to the bit.
 
 use super::simd::Simd;
-use super::store::{GRANULE, Granules, Rows};
+use super::store::{Element, GRANULE, Granules, Rows};
 
-/// Keys or values converted at a time.
+/// Keys or values taken at a time.
 const CHUNK: usize = 64;
+
+/// Query rows that stored elements are converted for in registers, again for every six of them; for more they are converted once.
+const DIRECT_QUERIES: usize = 16;
 
 /// Keys to a step of the softmax.
 const RUN: usize = 256;
@@ -77,7 +80,7 @@ pub struct Attend<'a> {
     pub head_dim: usize,
     /// Which key/value head.
     pub head: usize,
-    /// `[query][head_dim]`, scaled by 1 / sqrt(head_dim).
+    /// `[head_dim][query]`, scaled by 1 / sqrt(head_dim).
     pub queries: &'a [f32],
     /// Keys each query may see, in the source's numbers: from, to.
     pub sight: &'a [(u32, u32)],
@@ -135,14 +138,13 @@ pub unsafe fn attend<S: Simd>(a: &mut Attend) {
         // SAFETY: the lengths were checked above; offsets below stay within them.
         unsafe {
             let scores = a.scratch.scores.as_mut_ptr();
-            for at in (from..end).step_by(CHUNK) {
-                let count = (end - at).min(CHUNK);
-                load_keys::<S>(a, at, count);
-                let keys = a.scratch.converted.as_ptr();
-                let columns = count.next_multiple_of(GRANULE);
-                let next = if at + CHUNK < end { a.key_place(at + CHUNK) } else { a.value_place(from) };
-                let (b, c) = ((keys, CHUNK), (scores.add(at - from), RUN));
-                gemm::<S>((n, columns, dim), (a.queries.as_ptr(), dim), b, c, false, next);
+            let mut at = from;
+            while at < end {
+                let (count, right) = keys::<S>(a, at, (end - at).min(CHUNK));
+                let next = if at + count < end { a.key_place(at + count) } else { a.value_place(from) };
+                let shape = (n, count.next_multiple_of(GRANULE), dim);
+                right.product::<S, 1>(shape, (a.queries.as_ptr(), n), (scores.add(at - from), RUN), false, next);
+                at += count;
             }
             let columns = (end - from).next_multiple_of(GRANULE);
             for q in 0..n {
@@ -158,13 +160,13 @@ pub unsafe fn attend<S: Simd>(a: &mut Attend) {
                 row[high..].fill(f32::NEG_INFINITY);
                 softmax_step::<S>(row, &mut a.max[q], &mut a.sum[q], &mut a.acc[q * width..(q + 1) * width]);
             }
-            for at in (from..end).step_by(CHUNK) {
-                let count = (end - at).min(CHUNK);
-                load_values::<S>(a, at, count);
-                let values = a.scratch.converted.as_ptr();
-                let next = if at + CHUNK < end { a.value_place(at + CHUNK) } else { a.key_place(end) };
-                let (b, c) = ((values, width), (a.acc.as_mut_ptr(), width));
-                gemm::<S>((n, width, count), (scores.add(at - from), RUN), b, c, true, next);
+            let mut at = from;
+            while at < end {
+                let (count, right) = values::<S>(a, at, (end - at).min(CHUNK));
+                let next = if at + count < end { a.value_place(at + count) } else { a.key_place(end) };
+                let (shape, weights) = ((n, width, count), (scores.add(at - from).cast_const(), 1));
+                right.product::<S, RUN>(shape, weights, (a.acc.as_mut_ptr(), width), true, next);
+                at += count;
             }
         }
         from = end;
@@ -204,27 +206,38 @@ unsafe fn softmax_step<S: Simd>(scores: &mut [f32], max: &mut f32, sum: &mut f32
     }
 }
 
-/// Converts `count` keys from number `from` on into `(head_dim, CHUNK)`.
+/// Some keys from number `from` on, up to `most`: how many, and those of them as columns, `head_dim` deep.
 ///
 /// # Safety
 /// As for [`attend`].
 #[inline(always)]
-unsafe fn load_keys<S: Simd>(a: &mut Attend, from: usize, count: usize) {
+unsafe fn keys<S: Simd>(a: &mut Attend, from: usize, most: usize) -> (usize, Right) {
     let dim = a.head_dim;
     let first = a.head * dim;
+    if a.sight.len() <= DIRECT_QUERIES
+        && let Source::Stored { k, blocks, rows_per_block, .. } = a.source
+        && let Some(element) = k.element(dim)
+    {
+        let place = k.place(cache_row(blocks, rows_per_block, from), first);
+        let column = GRANULE * element.bytes();
+        return (
+            together(blocks, rows_per_block, from, most),
+            Right { element, place, row: column, granule: dim * column },
+        );
+    }
     let Scratch { converted, row: temporary, gathered, .. } = &mut *a.scratch;
-    // SAFETY: `converted` is (dim, CHUNK) or more, count <= CHUNK.
+    let keys = converted.as_mut_ptr(); // (head_dim, CHUNK)
+    // SAFETY: `converted` is (dim, CHUNK) or more, most <= CHUNK.
     unsafe {
-        let keys = converted.as_mut_ptr();
         match a.source {
             Source::Stored { k, blocks, rows_per_block, .. } => {
-                for i in (0..count).step_by(GRANULE) {
+                for i in (0..most).step_by(GRANULE) {
                     let row = |key| cache_row(blocks, rows_per_block, from + i + key);
-                    k.read::<S>(row, (count - i).min(GRANULE), first, dim, keys.add(i), CHUNK, gathered);
+                    k.read::<S>(row, (most - i).min(GRANULE), first, dim, keys.add(i), CHUNK, gathered);
                 }
             }
             Source::Hidden { .. } => {
-                for i in 0..count {
+                for i in 0..most {
                     if let Some(((k, _), row)) = a.source.hidden_row(from + i) {
                         k.read::<S>(row, first, temporary);
                         for (d, x) in temporary.iter().enumerate() {
@@ -235,17 +248,27 @@ unsafe fn load_keys<S: Simd>(a: &mut Attend, from: usize, count: usize) {
             }
         }
     }
+    (most, Right::f32(keys, CHUNK))
 }
 
-/// Converts `count` values from number `from` on into `(CHUNK, padded)`.
+/// Some values from number `from` on, up to `most`: how many, and those of them as rows of `padded` columns.
 ///
 /// # Safety
 /// As for [`attend`].
 #[inline(always)]
-unsafe fn load_values<S: Simd>(a: &mut Attend, from: usize, count: usize) {
+unsafe fn values<S: Simd>(a: &mut Attend, from: usize, most: usize) -> (usize, Right) {
     let (dim, width) = (a.head_dim, padded(a.head_dim));
     let first = a.head * dim;
-    let values = &mut a.scratch.converted;
+    if a.sight.len() <= DIRECT_QUERIES
+        && width == dim
+        && let Source::Stored { v, blocks, rows_per_block, .. } = a.source
+        && let Some(element) = v.element(dim)
+    {
+        let place = v.place(cache_row(blocks, rows_per_block, from), first);
+        let (row, granule) = (dim * element.bytes(), GRANULE * element.bytes());
+        return (together(blocks, rows_per_block, from, most), Right { element, place, row, granule });
+    }
+    let values = &mut a.scratch.converted; // (CHUNK, padded)
     if width > dim {
         values.fill(0.0); // the padding; keys were here
     }
@@ -253,8 +276,8 @@ unsafe fn load_values<S: Simd>(a: &mut Attend, from: usize, count: usize) {
     unsafe {
         match a.source {
             Source::Stored { v, blocks, rows_per_block, .. } => {
-                for i in (0..count).step_by(GRANULE) {
-                    let last = (i + GRANULE).min(count);
+                for i in (0..most).step_by(GRANULE) {
+                    let last = (i + GRANULE).min(most);
                     if rows_per_block.is_multiple_of(GRANULE) && width == dim && v.heads_are_apart(dim) {
                         let row = cache_row(blocks, rows_per_block, from + i);
                         v.read::<S>(row, first, &mut values[i * dim..last * dim]);
@@ -267,7 +290,7 @@ unsafe fn load_values<S: Simd>(a: &mut Attend, from: usize, count: usize) {
                 }
             }
             Source::Hidden { .. } => {
-                for i in 0..count {
+                for i in 0..most {
                     let to = &mut values[i * width..i * width + dim];
                     match a.source.hidden_row(from + i) {
                         Some(((_, v), row)) => v.read::<S>(row, first, to),
@@ -277,12 +300,24 @@ unsafe fn load_values<S: Simd>(a: &mut Attend, from: usize, count: usize) {
             }
         }
     }
+    (most, Right::f32(values.as_ptr(), width))
 }
 
 /// Where a stored row of a sequence lies.
 #[inline(always)]
 fn cache_row(blocks: &[u32], rows_per_block: usize, key: usize) -> usize {
     blocks[key / rows_per_block] as usize * rows_per_block + key % rows_per_block
+}
+
+/// How many stored rows from `from` on, up to `most`, lie one after another.
+#[inline(always)]
+fn together(blocks: &[u32], rows_per_block: usize, from: usize, most: usize) -> usize {
+    let (mut block, mut count) = (from / rows_per_block, rows_per_block - from % rows_per_block);
+    while count < most && blocks[block] + 1 == blocks[block + 1] {
+        block += 1;
+        count += rows_per_block;
+    }
+    count.min(most)
 }
 
 impl<'a> Source<'a> {
@@ -301,109 +336,157 @@ impl<'a> Source<'a> {
     }
 }
 
-/// `C = A B` or `C += A B`, all row-major, each a pointer and a stride; `shape` is rows, columns (a multiple of 16), depth. Draws
-/// what lies at `next` into the cache meanwhile: two lines to each step of the depth, which is an f16 chunk of 64 keys.
-///
-/// # Safety
-/// The CPU has `S`; the matrices lie behind the pointers.
-#[inline(always)]
-unsafe fn gemm<S: Simd>(
-    (rows, columns, depth): (usize, usize, usize),
-    (a, lda): (*const f32, usize),
-    (b, ldb): (*const f32, usize),
-    (c, ldc): (*mut f32, usize),
-    accumulate: bool,
-    mut next: Option<*const u8>,
-) {
-    // SAFETY: blocks stay within rows and columns.
-    unsafe {
-        let mut row = 0;
-        while row < rows {
-            // Blocks of like heights: one row alone would wait for its own sums.
-            let left = rows - row;
-            let m = left.div_ceil(left.div_ceil(6));
-            let at_once = (S::QUERY_SUMS / m).min(4);
-            let mut column = 0;
-            while column < columns {
-                let vectors = ((columns - column) / S::LANES).min(at_once);
-                // Once is enough; afterwards a line that is there anyway costs less than a branch.
-                let ahead = next.take().map_or((b.cast(), 0), |p| (p, 2 * LINE));
-                let (a, b, c) = (a.add(row * lda), b.add(column), c.add(row * ldc + column));
-                let block = Block { a, lda, b, ldb, c, ldc, ahead };
-                match vectors {
-                    4 => block.rows::<S, 4>(m, depth, accumulate),
-                    3 => block.rows::<S, 3>(m, depth, accumulate),
-                    2 => block.rows::<S, 2>(m, depth, accumulate),
-                    _ => block.rows::<S, 1>(m, depth, accumulate),
-                }
-                column += vectors * S::LANES;
+/// The right side of a product where it lies: rows of granules of 16 columns.
+#[derive(Clone, Copy)]
+struct Right {
+    element: Element,
+    place: *const u8,
+    /// Bytes from a row to the next, and from a granule to the next of the row.
+    row: usize,
+    granule: usize,
+}
+
+impl Right {
+    fn f32(place: *const f32, stride: usize) -> Right {
+        Right { element: Element::F32, place: place.cast(), row: 4 * stride, granule: 4 * GRANULE }
+    }
+
+    /// `C = A B` or `C += A B` for this B, all f32; `shape` is rows, columns (a multiple of 16), depth. A's rows are `ROW` elements apart,
+    /// a constant that saves registers, its columns `a.1`; C's rows `c.1`. Draws as many bytes as B has from `next` on into the cache meanwhile.
+    ///
+    /// # Safety
+    /// The CPU has `S`; the matrices lie behind the pointers.
+    #[inline(always)]
+    unsafe fn product<S: Simd, const ROW: usize>(
+        self,
+        shape: (usize, usize, usize),
+        a: (*const f32, usize),
+        c: (*mut f32, usize),
+        accumulate: bool,
+        next: Option<*const u8>,
+    ) {
+        // SAFETY: the caller's; elements are what they are said to be.
+        unsafe {
+            match self.element {
+                Element::F32 => self.blocks::<S, 4, ROW>(|p| S::load(p.cast()), shape, a, c, accumulate, next),
+                Element::F16 => self.blocks::<S, 2, ROW>(|p| S::load_f16(p.cast()), shape, a, c, accumulate, next),
+                Element::Bf16 => self.blocks::<S, 2, ROW>(|p| S::load_bf16(p.cast()), shape, a, c, accumulate, next),
             }
-            row += m;
+        }
+    }
+
+    /// The same with elements of `N` bytes, that `load` turns into f32: for all rows of A again, which costs nothing beside the
+    /// multiplications, where storing them as f32 first would cost as much as one row.
+    #[inline(always)]
+    unsafe fn blocks<S: Simd, const N: usize, const ROW: usize>(
+        self,
+        load: impl Fn(*const u8) -> S::F + Copy,
+        (rows, columns, depth): (usize, usize, usize),
+        (a, step): (*const f32, usize),
+        (c, ldc): (*mut f32, usize),
+        accumulate: bool,
+        next: Option<*const u8>,
+    ) {
+        // Blocks of like heights: one row alone would wait for its own sums.
+        let height = rows.div_ceil(rows.div_ceil(6));
+        let at_once = (S::QUERY_SUMS / height).min(4);
+        let mut column = 0;
+        while column < columns {
+            let vectors = ((columns - column) / S::LANES).min(at_once);
+            // Once, and spread over the whole product; afterwards a line that is there anyway costs less than a branch.
+            let mut ahead =
+                next.map_or((self.place, 0), |p| (p.wrapping_add(N * column * depth), N * S::LANES * vectors));
+            for row in (0..rows).step_by(height) {
+                let m = (rows - row).min(height);
+                // SAFETY: blocks stay within rows and columns.
+                unsafe {
+                    let (a, c) = (a.add(row * ROW), c.add(row * ldc + column));
+                    let block = Block::<N, ROW> { a, step, right: self, column, c, ldc, depth, accumulate, ahead };
+                    match vectors {
+                        4 => block.rows::<S, 4>(m, load),
+                        3 => block.rows::<S, 3>(m, load),
+                        2 => block.rows::<S, 2>(m, load),
+                        _ => block.rows::<S, 1>(m, load),
+                    }
+                }
+                ahead = (self.place, 0);
+            }
+            column += vectors * S::LANES;
         }
     }
 }
 
-struct Block {
+/// A part of a product that is summed in registers.
+struct Block<const N: usize, const ROW: usize> {
     a: *const f32,
-    lda: usize,
-    b: *const f32,
-    ldb: usize,
+    step: usize,
+    right: Right,
+    /// The first of `right`.
+    column: usize,
     c: *mut f32,
     ldc: usize,
+    depth: usize,
+    accumulate: bool,
     /// What to prefetch, and the bytes to go on by.
     ahead: (*const u8, usize),
 }
 
-impl Block {
+impl<const N: usize, const ROW: usize> Block<N, ROW> {
     #[inline(always)]
-    unsafe fn rows<S: Simd, const V: usize>(&self, m: usize, depth: usize, accumulate: bool) {
+    unsafe fn rows<S: Simd, const V: usize>(&self, m: usize, load: impl Fn(*const u8) -> S::F) {
         // SAFETY: the caller's.
         unsafe {
             match m {
-                1 => self.product::<S, 1, V>(depth, accumulate),
-                2 => self.product::<S, 2, V>(depth, accumulate),
-                3 => self.product::<S, 3, V>(depth, accumulate),
-                4 => self.product::<S, 4, V>(depth, accumulate),
-                5 => self.product::<S, 5, V>(depth, accumulate),
-                _ => self.product::<S, 6, V>(depth, accumulate),
+                1 => self.sum::<S, 1, V>(load),
+                2 => self.sum::<S, 2, V>(load),
+                3 => self.sum::<S, 3, V>(load),
+                4 => self.sum::<S, 4, V>(load),
+                5 => self.sum::<S, 5, V>(load),
+                _ => self.sum::<S, 6, V>(load),
             }
         }
     }
 
-    /// M rows by V vectors, held in registers over the whole depth.
+    /// M rows by V vectors.
     #[inline(always)]
-    unsafe fn product<S: Simd, const M: usize, const V: usize>(&self, depth: usize, accumulate: bool) {
+    unsafe fn sum<S: Simd, const M: usize, const V: usize>(&self, load: impl Fn(*const u8) -> S::F) {
         if M * V > S::QUERY_SUMS {
             return; // never asked for
         }
         // SAFETY: the caller's.
         unsafe {
             let mut acc = [[S::splat(0.0); V]; M];
-            if accumulate {
+            if self.accumulate {
                 for m in 0..M {
                     for v in 0..V {
                         acc[m][v] = S::load(self.c.add(m * self.ldc + v * S::LANES));
                     }
                 }
             }
-            let (mut a, mut b) = (self.a, self.b);
+            let mut a = self.a;
+            let mut b = [self.right.place; V];
+            for v in 0..V {
+                let column = self.column + v * S::LANES;
+                b[v] = b[v].add(column / GRANULE * self.right.granule + column % GRANULE * N);
+            }
             let (mut ahead, on) = self.ahead;
-            for _ in 0..depth {
-                S::prefetch(ahead);
-                S::prefetch(ahead.wrapping_add(LINE));
+            for _ in 0..self.depth {
+                for line in (0..N * S::LANES * V).step_by(LINE) {
+                    S::prefetch(ahead.wrapping_add(line));
+                }
                 ahead = ahead.wrapping_add(on);
                 let mut right = [S::splat(0.0); V];
                 for v in 0..V {
-                    right[v] = S::load(b.add(v * S::LANES));
+                    right[v] = load(b[v]);
+                    b[v] = b[v].add(self.right.row);
                 }
                 for m in 0..M {
-                    let left = S::splat(*a.add(m * self.lda));
+                    let left = S::splat(*a.add(m * ROW));
                     for v in 0..V {
                         acc[m][v] = S::fma(left, right[v], acc[m][v]);
                     }
                 }
-                a = a.add(1);
-                b = b.add(self.ldb);
+                a = a.add(self.step);
             }
             for m in 0..M {
                 for v in 0..V {

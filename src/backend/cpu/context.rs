@@ -38,7 +38,7 @@ struct Own {
     convert: Vec<f32>, // see Matrix::scratch
     encoded: Vec<u8>,  // a cache row
     attention: attention::Scratch,
-    queries: Vec<f32>,      // (query, head_dim)
+    queries: Vec<f32>,      // (head_dim, query)
     sight: Vec<(u32, u32)>, // (query)
     max: Vec<f32>,          // (query)
     sum: Vec<f32>,          // (query)
@@ -626,17 +626,20 @@ impl<'a> Phases<'a> {
         own.tiles = tiles;
     }
 
-    /// A tile's query vectors of one key/value head, scaled.
+    /// A tile's query vectors of one key/value head, scaled, as columns.
     fn load_queries(self, own: &mut Own, rows: &LayerRows, tile: &QueryTile, head: usize) {
         let (s, h) = (self.s, self.h);
         let dim = h.head_dim;
-        let width = h.n_heads / h.n_kv_heads * dim;
+        let group = h.n_heads / h.n_kv_heads;
         let scale = 1.0 / (dim as f32).sqrt();
-        for (i, out) in own.queries.chunks_exact_mut(width).take(tile.n).enumerate() {
+        for i in 0..tile.n {
             let entering = rows.keep[tile.first + i] as usize;
             // SAFETY: phases.
-            let q = unsafe { s.q.slice(entering * h.q_dim() + head * width, width) };
-            out.iter_mut().zip(q).for_each(|(o, q)| *o = q * scale);
+            let q = unsafe { s.q.slice(entering * h.q_dim() + head * group * dim, group * dim) };
+            for (j, q) in q.chunks_exact(dim).enumerate() {
+                let column = own.queries[i * group + j..].iter_mut().step_by(tile.n * group);
+                column.zip(q).for_each(|(o, q)| *o = q * scale);
+            }
         }
     }
 

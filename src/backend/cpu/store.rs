@@ -15,6 +15,23 @@ const Q8_BLOCK: usize = 34;
 /// Bytes ahead of the current ones that are prefetched: a head's rows follow one another as long as its blocks do.
 const AHEAD: usize = 4096;
 
+/// Elements that a vector of f32 is loaded from with nothing but where they lie.
+#[derive(Clone, Copy)]
+pub enum Element {
+    F32,
+    F16,
+    Bf16,
+}
+
+impl Element {
+    pub fn bytes(self) -> usize {
+        match self {
+            Element::F32 => 4,
+            Element::F16 | Element::Bf16 => 2,
+        }
+    }
+}
+
 /// How a row is divided: a head's part of all rows lies together, so that attention reads a head as one stream. Q8_0 blocks that
 /// would straddle heads are not divided.
 #[derive(Clone, Copy)]
@@ -31,6 +48,16 @@ impl Parts {
         let straddles = kind == CacheType::Q8_0 && !head_dim.is_multiple_of(32);
         let part = if straddles { width } else { head_dim };
         Parts { kind, rows, n: width / part, width: part, bytes: kind.row_bytes(part) }
+    }
+
+    /// Of what elements a head's part consists.
+    fn element(&self) -> Option<Element> {
+        match self.kind {
+            CacheType::F32 => Some(Element::F32),
+            CacheType::F16 => Some(Element::F16),
+            CacheType::Bf16 => Some(Element::Bf16),
+            CacheType::Q8_0 => None,
+        }
     }
 
     fn buffer(&self) -> Result<Shared<u8>> {
@@ -57,6 +84,11 @@ impl Rows {
     /// Whether the elements of a head follow one another from row to row, without another head's or padding between.
     pub fn heads_are_apart(&self, head_dim: usize) -> bool {
         self.parts.width == head_dim && (self.parts.kind != CacheType::Q8_0 || head_dim.is_multiple_of(32))
+    }
+
+    /// The elements, where a row's part is one head of them.
+    pub fn element(&self, head_dim: usize) -> Option<Element> {
+        self.parts.element().filter(|_| self.parts.width == head_dim)
     }
 
     /// Where part `part` of a row lies.
@@ -258,6 +290,11 @@ impl Granules {
 
     pub fn bytes(&self) -> usize {
         self.data.bytes()
+    }
+
+    /// The elements, where a granule's part is `(head_dim, 16)` of them.
+    pub fn element(&self, head_dim: usize) -> Option<Element> {
+        self.parts.element().filter(|_| self.lanes == GRANULE && self.parts.width == head_dim)
     }
 
     fn at(&self, row: usize, part: usize) -> Lane {

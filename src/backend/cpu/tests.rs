@@ -310,16 +310,20 @@ fn attention_is_right_for_every_cache() {
         case(24, 2, 2, 17, 5, 5),
         case(32, 3, 48, 65, 33, 7),
         case(64, 2, 16, 200, 20, 9),
+        case(48, 2, 32, 600, 20, 4),
+        case(64, 1, 16, 530, 20, 16),
         case(80, 1, 32, 130, 9, 48),
         case(128, 2, 16, 64, 3, 12),
+        case(64, 1, 16, 90, 17, 17),
     ];
     let mut noise = Noise(5);
     for kind in [CacheType::F32, CacheType::F16, CacheType::Bf16, CacheType::Q8_0] {
         for c in &cases {
             let width = c.head_dim * c.n_kv_heads;
             let n_blocks = c.stored.div_ceil(c.rows_per_block);
-            // Blocks in reverse order, and one that is not ours.
-            let blocks: Vec<u32> = (1..=n_blocks as u32).rev().collect();
+            // Blocks in reverse order, three of a row that follow one another, and one that is not ours.
+            let mut blocks: Vec<u32> = (1..=n_blocks as u32).rev().collect();
+            blocks.chunks_mut(3).for_each(<[u32]>::reverse);
             let rows = (n_blocks + 1) * c.rows_per_block;
             let rows_of = |n: usize| Rows::new(kind, n, width, c.head_dim).unwrap();
             let (k, v) = (Granules::new(kind, rows, c.rows_per_block, width, c.head_dim).unwrap(), rows_of(rows));
@@ -400,6 +404,8 @@ fn attention_is_right_for_every_cache() {
                         }
                         keys.push((key.clone(), value.clone()));
                     }
+                    let transposed: Vec<f32> =
+                        (0..queries.len()).map(|i| queries[i % c.queries * c.head_dim + i / c.queries]).collect();
                     for kernels in all_kernels() {
                         let dim = padded(c.head_dim);
                         let mut scratch = attention::Scratch::new(c.queries, c.head_dim, gathered);
@@ -408,7 +414,7 @@ fn attention_is_right_for_every_cache() {
                         let mut a = Attend {
                             head_dim: c.head_dim,
                             head,
-                            queries: &queries,
+                            queries: &transposed,
                             sight: &sight,
                             source,
                             from: low - low % 16,
