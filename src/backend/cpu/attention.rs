@@ -11,9 +11,6 @@ use super::store::{Element, GRANULE, Granules, Rows};
 /// Keys or values taken at a time.
 const CHUNK: usize = 64;
 
-/// Query rows that stored elements are converted for in registers, again for every six of them; for more they are converted once.
-const DIRECT_QUERIES: usize = 16;
-
 /// Keys to a step of the softmax.
 const RUN: usize = 256;
 
@@ -214,16 +211,14 @@ unsafe fn softmax_step<S: Simd>(scores: &mut [f32], max: &mut f32, sum: &mut f32
 unsafe fn keys<S: Simd>(a: &mut Attend, from: usize, most: usize) -> (usize, Right) {
     let dim = a.head_dim;
     let first = a.head * dim;
-    if a.sight.len() <= DIRECT_QUERIES
-        && let Source::Stored { k, blocks, rows_per_block, .. } = a.source
+    if let Source::Stored { k, blocks, rows_per_block, .. } = a.source
         && let Some(element) = k.element(dim)
     {
-        let place = k.place(cache_row(blocks, rows_per_block, from), first);
+        let count = together(blocks, rows_per_block, from, most);
+        // SAFETY: the caller's.
+        let granules = unsafe { k.granules(cache_row(blocks, rows_per_block, from), count, first) };
         let column = GRANULE * element.bytes();
-        return (
-            together(blocks, rows_per_block, from, most),
-            Right { element, place, row: column, granule: dim * column },
-        );
+        return (count, Right { element, place: granules.as_ptr(), row: column, granule: dim * column });
     }
     let Scratch { converted, row: temporary, gathered, .. } = &mut *a.scratch;
     let keys = converted.as_mut_ptr(); // (head_dim, CHUNK)
@@ -259,14 +254,15 @@ unsafe fn keys<S: Simd>(a: &mut Attend, from: usize, most: usize) -> (usize, Rig
 unsafe fn values<S: Simd>(a: &mut Attend, from: usize, most: usize) -> (usize, Right) {
     let (dim, width) = (a.head_dim, padded(a.head_dim));
     let first = a.head * dim;
-    if a.sight.len() <= DIRECT_QUERIES
-        && width == dim
+    if width == dim
         && let Source::Stored { v, blocks, rows_per_block, .. } = a.source
         && let Some(element) = v.element(dim)
     {
-        let place = v.place(cache_row(blocks, rows_per_block, from), first);
+        let count = together(blocks, rows_per_block, from, most);
+        // SAFETY: the caller's.
+        let rows = unsafe { v.rows(cache_row(blocks, rows_per_block, from), count, first) };
         let (row, granule) = (dim * element.bytes(), GRANULE * element.bytes());
-        return (together(blocks, rows_per_block, from, most), Right { element, place, row, granule });
+        return (count, Right { element, place: rows.as_ptr(), row, granule });
     }
     let values = &mut a.scratch.converted; // (CHUNK, padded)
     if width > dim {
@@ -351,8 +347,8 @@ impl Right {
         Right { element: Element::F32, place: place.cast(), row: 4 * stride, granule: 4 * GRANULE }
     }
 
-    /// `C = A B` or `C += A B` for this B, all f32; `shape` is rows, columns (a multiple of 16), depth. A's rows are `ROW` elements apart,
-    /// a constant that saves registers, its columns `a.1`; C's rows `c.1`. Draws as many bytes as B has from `next` on into the cache meanwhile.
+    /// `C = A B` or `C += A B` for this B; `shape` is rows, columns (a multiple of 16), depth. A and C are f32, A's rows `ROW` elements
+    /// apart (a constant: no register), its columns `a.1`, C's rows `c.1`. Draws as many bytes as B has, from `next` on, into the cache meanwhile.
     ///
     /// # Safety
     /// The CPU has `S`; the matrices lie behind the pointers.
@@ -375,8 +371,8 @@ impl Right {
         }
     }
 
-    /// The same with elements of `N` bytes, that `load` turns into f32: for all rows of A again, which costs nothing beside the
-    /// multiplications, where storing them as f32 first would cost as much as one row.
+    /// The same with elements of `N` bytes, that `load` turns into f32: again for every six rows of A, which hides behind their
+    /// multiplications, where storing them as f32 first would take as long as two rows.
     #[inline(always)]
     unsafe fn blocks<S: Simd, const N: usize, const ROW: usize>(
         self,
@@ -478,7 +474,7 @@ impl<const N: usize, const ROW: usize> Block<N, ROW> {
                 let mut right = [S::splat(0.0); V];
                 for v in 0..V {
                     right[v] = load(b[v]);
-                    b[v] = b[v].add(self.right.row);
+                    b[v] = b[v].wrapping_add(self.right.row); // at last beyond the end
                 }
                 for m in 0..M {
                     let left = S::splat(*a.add(m * ROW));
@@ -486,7 +482,7 @@ impl<const N: usize, const ROW: usize> Block<N, ROW> {
                         acc[m][v] = S::fma(left, right[v], acc[m][v]);
                     }
                 }
-                a = a.add(self.step);
+                a = a.wrapping_add(self.step);
             }
             for m in 0..M {
                 for v in 0..V {

@@ -101,6 +101,15 @@ impl Rows {
         self.data.as_ptr().cast_const().wrapping_add(self.at(row, first / self.parts.width))
     }
 
+    /// The part that begins at element `first`, of `count` rows.
+    ///
+    /// # Safety
+    /// Nobody writes them meanwhile.
+    pub unsafe fn rows(&self, row: usize, count: usize, first: usize) -> &[u8] {
+        // SAFETY: the caller's; the slice checks the bounds.
+        unsafe { self.data.slice(self.at(row, first / self.parts.width), count * self.parts.bytes) }
+    }
+
     /// Whole heads from element `first` of the row on.
     ///
     /// # Safety
@@ -305,6 +314,16 @@ impl Granules {
     /// Where the granule of a row and of the head that begins at element `first` lies: an address to prefetch.
     pub fn place(&self, row: usize, first: usize) -> *const u8 {
         self.data.as_ptr().cast_const().wrapping_add(self.at(row, first / self.parts.width).base)
+    }
+
+    /// The part that begins at element `first`, of the granules of `count` rows.
+    ///
+    /// # Safety
+    /// Nobody writes them meanwhile.
+    pub unsafe fn granules(&self, row: usize, count: usize, first: usize) -> &[u8] {
+        let bytes = count.next_multiple_of(self.lanes) * self.parts.bytes;
+        // SAFETY: the caller's; the slice checks the bounds.
+        unsafe { self.data.slice(self.at(row, first / self.parts.width).base, bytes) }
     }
 
     /// Whole heads from element `first` of the row on; `scratch` has room for an encoded row.
