@@ -1,4 +1,4 @@
-//! Attention of a tile of query rows over one read of the cache: keys and values are converted as they are multiplied, the
+//! Attention of a tile of query rows over one read of the cache: keys and values are multiplied where they lie, or converted once for all of them, the
 //! softmax is carried along (Milakov and Gimelshein, arXiv 1805.02867).
 //!
 //! Keys are taken in fixed pieces: runs of 256 to a step of the softmax, splits of a length that depends on the query's own context alone
@@ -51,7 +51,7 @@ pub enum Source<'a> {
 
 /// What a thread needs to attend, for tiles of up to `queries` rows.
 pub struct Scratch {
-    converted: Vec<f32>, // (head_dim, CHUNK) of keys, then (CHUNK, padded) of values
+    converted: Vec<f32>, // what is not multiplied where it lies: (head_dim, CHUNK) of keys, then (CHUNK, padded) of values
     scores: Vec<f32>,    // (query, RUN)
     row: Vec<f32>,       // (head_dim)
     gathered: Vec<u8>,   // 16 keys from narrow granules
@@ -135,13 +135,12 @@ pub unsafe fn attend<S: Simd>(a: &mut Attend) {
         // SAFETY: the lengths were checked above; offsets below stay within them.
         unsafe {
             let scores = a.scratch.scores.as_mut_ptr();
-            let mut at = from;
-            while at < end {
-                let (count, right) = keys::<S>(a, at, (end - at).min(CHUNK));
+            for at in (from..end).step_by(CHUNK) {
+                let count = (end - at).min(CHUNK);
+                let right = keys::<S>(a, at, count);
                 let next = if at + count < end { a.key_place(at + count) } else { a.value_place(from) };
                 let shape = (n, count.next_multiple_of(GRANULE), dim);
                 right.product::<S, 1>(shape, (a.queries.as_ptr(), n), (scores.add(at - from), RUN), false, next);
-                at += count;
             }
             let columns = (end - from).next_multiple_of(GRANULE);
             for q in 0..n {
@@ -157,13 +156,12 @@ pub unsafe fn attend<S: Simd>(a: &mut Attend) {
                 row[high..].fill(f32::NEG_INFINITY);
                 softmax_step::<S>(row, &mut a.max[q], &mut a.sum[q], &mut a.acc[q * width..(q + 1) * width]);
             }
-            let mut at = from;
-            while at < end {
-                let (count, right) = values::<S>(a, at, (end - at).min(CHUNK));
+            for at in (from..end).step_by(CHUNK) {
+                let count = (end - at).min(CHUNK);
+                let right = values::<S>(a, at, count);
                 let next = if at + count < end { a.value_place(at + count) } else { a.key_place(end) };
                 let (shape, weights) = ((n, width, count), (scores.add(at - from).cast_const(), 1));
                 right.product::<S, RUN>(shape, weights, (a.acc.as_mut_ptr(), width), true, next);
-                at += count;
             }
         }
         from = end;
@@ -203,36 +201,36 @@ unsafe fn softmax_step<S: Simd>(scores: &mut [f32], max: &mut f32, sum: &mut f32
     }
 }
 
-/// Some keys from number `from` on, up to `most`: how many, and those of them as columns, `head_dim` deep.
+/// `count` keys from number `from` on as columns, `head_dim` deep: where they lie if they do so one after another, else converted.
 ///
 /// # Safety
 /// As for [`attend`].
 #[inline(always)]
-unsafe fn keys<S: Simd>(a: &mut Attend, from: usize, most: usize) -> (usize, Right) {
+unsafe fn keys<S: Simd>(a: &mut Attend, from: usize, count: usize) -> Right {
     let dim = a.head_dim;
     let first = a.head * dim;
     if let Source::Stored { k, blocks, rows_per_block, .. } = a.source
         && let Some(element) = k.element(dim)
+        && are_together(blocks, rows_per_block, from, count)
     {
-        let count = together(blocks, rows_per_block, from, most);
         // SAFETY: the caller's.
         let granules = unsafe { k.granules(cache_row(blocks, rows_per_block, from), count, first) };
         let column = GRANULE * element.bytes();
-        return (count, Right { element, place: granules.as_ptr(), row: column, granule: dim * column });
+        return Right { element, place: granules.as_ptr(), row: column, granule: dim * column };
     }
     let Scratch { converted, row: temporary, gathered, .. } = &mut *a.scratch;
     let keys = converted.as_mut_ptr(); // (head_dim, CHUNK)
-    // SAFETY: `converted` is (dim, CHUNK) or more, most <= CHUNK.
+    // SAFETY: `converted` is (dim, CHUNK) or more, count <= CHUNK.
     unsafe {
         match a.source {
             Source::Stored { k, blocks, rows_per_block, .. } => {
-                for i in (0..most).step_by(GRANULE) {
+                for i in (0..count).step_by(GRANULE) {
                     let row = |key| cache_row(blocks, rows_per_block, from + i + key);
-                    k.read::<S>(row, (most - i).min(GRANULE), first, dim, keys.add(i), CHUNK, gathered);
+                    k.read::<S>(row, (count - i).min(GRANULE), first, dim, keys.add(i), CHUNK, gathered);
                 }
             }
             Source::Hidden { .. } => {
-                for i in 0..most {
+                for i in 0..count {
                     if let Some(((k, _), row)) = a.source.hidden_row(from + i) {
                         k.read::<S>(row, first, temporary);
                         for (d, x) in temporary.iter().enumerate() {
@@ -243,26 +241,26 @@ unsafe fn keys<S: Simd>(a: &mut Attend, from: usize, most: usize) -> (usize, Rig
             }
         }
     }
-    (most, Right::f32(keys, CHUNK))
+    Right::f32(keys, CHUNK)
 }
 
-/// Some values from number `from` on, up to `most`: how many, and those of them as rows of `padded` columns.
+/// `count` values from number `from` on as rows of `padded` columns, likewise.
 ///
 /// # Safety
 /// As for [`attend`].
 #[inline(always)]
-unsafe fn values<S: Simd>(a: &mut Attend, from: usize, most: usize) -> (usize, Right) {
+unsafe fn values<S: Simd>(a: &mut Attend, from: usize, count: usize) -> Right {
     let (dim, width) = (a.head_dim, padded(a.head_dim));
     let first = a.head * dim;
     if width == dim
         && let Source::Stored { v, blocks, rows_per_block, .. } = a.source
         && let Some(element) = v.element(dim)
+        && are_together(blocks, rows_per_block, from, count)
     {
-        let count = together(blocks, rows_per_block, from, most);
         // SAFETY: the caller's.
         let rows = unsafe { v.rows(cache_row(blocks, rows_per_block, from), count, first) };
         let (row, granule) = (dim * element.bytes(), GRANULE * element.bytes());
-        return (count, Right { element, place: rows.as_ptr(), row, granule });
+        return Right { element, place: rows.as_ptr(), row, granule };
     }
     let values = &mut a.scratch.converted; // (CHUNK, padded)
     if width > dim {
@@ -272,8 +270,8 @@ unsafe fn values<S: Simd>(a: &mut Attend, from: usize, most: usize) -> (usize, R
     unsafe {
         match a.source {
             Source::Stored { v, blocks, rows_per_block, .. } => {
-                for i in (0..most).step_by(GRANULE) {
-                    let last = (i + GRANULE).min(most);
+                for i in (0..count).step_by(GRANULE) {
+                    let last = (i + GRANULE).min(count);
                     if rows_per_block.is_multiple_of(GRANULE) && width == dim && v.heads_are_apart(dim) {
                         let row = cache_row(blocks, rows_per_block, from + i);
                         v.read::<S>(row, first, &mut values[i * dim..last * dim]);
@@ -286,7 +284,7 @@ unsafe fn values<S: Simd>(a: &mut Attend, from: usize, most: usize) -> (usize, R
                 }
             }
             Source::Hidden { .. } => {
-                for i in 0..most {
+                for i in 0..count {
                     let to = &mut values[i * width..i * width + dim];
                     match a.source.hidden_row(from + i) {
                         Some(((_, v), row)) => v.read::<S>(row, first, to),
@@ -296,7 +294,7 @@ unsafe fn values<S: Simd>(a: &mut Attend, from: usize, most: usize) -> (usize, R
             }
         }
     }
-    (most, Right::f32(values.as_ptr(), width))
+    Right::f32(values.as_ptr(), width)
 }
 
 /// Where a stored row of a sequence lies.
@@ -305,15 +303,11 @@ fn cache_row(blocks: &[u32], rows_per_block: usize, key: usize) -> usize {
     blocks[key / rows_per_block] as usize * rows_per_block + key % rows_per_block
 }
 
-/// How many stored rows from `from` on, up to `most`, lie one after another.
+/// Whether `count` stored rows from `from` on lie one after another.
 #[inline(always)]
-fn together(blocks: &[u32], rows_per_block: usize, from: usize, most: usize) -> usize {
-    let (mut block, mut count) = (from / rows_per_block, rows_per_block - from % rows_per_block);
-    while count < most && blocks[block] + 1 == blocks[block + 1] {
-        block += 1;
-        count += rows_per_block;
-    }
-    count.min(most)
+fn are_together(blocks: &[u32], rows_per_block: usize, from: usize, count: usize) -> bool {
+    let (first, last) = (from / rows_per_block, (from + count - 1) / rows_per_block);
+    blocks[first..=last].windows(2).all(|pair| pair[0] + 1 == pair[1])
 }
 
 impl<'a> Source<'a> {
@@ -384,16 +378,17 @@ impl Right {
         next: Option<*const u8>,
     ) {
         // Blocks of like heights: one row alone would wait for its own sums.
-        let height = rows.div_ceil(rows.div_ceil(6));
-        let at_once = (S::QUERY_SUMS / height).min(4);
+        let height = |rows: usize| rows.div_ceil(rows.div_ceil(6));
+        let at_once = (S::QUERY_SUMS / height(rows)).min(4);
         let mut column = 0;
         while column < columns {
             let vectors = ((columns - column) / S::LANES).min(at_once);
             // Once, and spread over the whole product; afterwards a line that is there anyway costs less than a branch.
             let mut ahead =
                 next.map_or((self.place, 0), |p| (p.wrapping_add(N * column * depth), N * S::LANES * vectors));
-            for row in (0..rows).step_by(height) {
-                let m = (rows - row).min(height);
+            let mut row = 0;
+            while row < rows {
+                let m = height(rows - row);
                 // SAFETY: blocks stay within rows and columns.
                 unsafe {
                     let (a, c) = (a.add(row * ROW), c.add(row * ldc + column));
@@ -406,6 +401,7 @@ impl Right {
                     }
                 }
                 ahead = (self.place, 0);
+                row += m;
             }
             column += vectors * S::LANES;
         }
