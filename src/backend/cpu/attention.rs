@@ -1,5 +1,5 @@
-//! Attention of a tile of query rows over one read of the cache: keys and values are multiplied where they lie, or converted once for all of them, the
-//! softmax is carried along (Milakov and Gimelshein, arXiv 1805.02867).
+//! Attention of a tile of query rows over one read of the cache: keys and values are multiplied where they lie, or converted once
+//! for all of them, the softmax is carried along (Milakov and Gimelshein, arXiv 1805.02867).
 //!
 //! Keys are taken in fixed pieces: runs of 256 to a step of the softmax, splits of a length that depends on the query's own context alone
 //! ([`split_len`]), the hidden window as a piece of its own. Splits are what threads share, and are merged in order. So a row's
@@ -51,7 +51,7 @@ pub enum Source<'a> {
 
 /// What a thread needs to attend, for tiles of up to `queries` rows.
 pub struct Scratch {
-    converted: Vec<f32>, // what is not multiplied where it lies: (head_dim, CHUNK) of keys, then (CHUNK, padded) of values
+    converted: Vec<f32>, // (head_dim, CHUNK) of keys, then (CHUNK, padded) of values: those that are not multiplied where they lie
     scores: Vec<f32>,    // (query, RUN)
     row: Vec<f32>,       // (head_dim)
     gathered: Vec<u8>,   // 16 keys from narrow granules
@@ -210,7 +210,7 @@ unsafe fn keys<S: Simd>(a: &mut Attend, from: usize, count: usize) -> Right {
     let dim = a.head_dim;
     let first = a.head * dim;
     if let Source::Stored { k, blocks, rows_per_block, .. } = a.source
-        && let Some(element) = k.element(dim)
+        && let Some(element) = k.element()
         && are_together(blocks, rows_per_block, from, count)
     {
         // SAFETY: the caller's.
@@ -254,7 +254,7 @@ unsafe fn values<S: Simd>(a: &mut Attend, from: usize, count: usize) -> Right {
     let first = a.head * dim;
     if width == dim
         && let Source::Stored { v, blocks, rows_per_block, .. } = a.source
-        && let Some(element) = v.element(dim)
+        && let Some(element) = v.element()
         && are_together(blocks, rows_per_block, from, count)
     {
         // SAFETY: the caller's.

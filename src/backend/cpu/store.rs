@@ -50,7 +50,7 @@ impl Parts {
         Parts { kind, rows, n: width / part, width: part, bytes: kind.row_bytes(part) }
     }
 
-    /// Of what elements a head's part consists.
+    /// Of what elements a part consists, which is one head then.
     fn element(&self) -> Option<Element> {
         match self.kind {
             CacheType::F32 => Some(Element::F32),
@@ -87,8 +87,8 @@ impl Rows {
     }
 
     /// The elements, where a row's part is one head of them.
-    pub fn element(&self, head_dim: usize) -> Option<Element> {
-        self.parts.element().filter(|_| self.parts.width == head_dim)
+    pub fn element(&self) -> Option<Element> {
+        self.parts.element()
     }
 
     /// Where part `part` of a row lies.
@@ -302,8 +302,8 @@ impl Granules {
     }
 
     /// The elements, where a granule's part is `(head_dim, 16)` of them.
-    pub fn element(&self, head_dim: usize) -> Option<Element> {
-        self.parts.element().filter(|_| self.lanes == GRANULE && self.parts.width == head_dim)
+    pub fn element(&self) -> Option<Element> {
+        self.parts.element().filter(|_| self.lanes == GRANULE)
     }
 
     fn at(&self, row: usize, part: usize) -> Lane {
