@@ -57,8 +57,10 @@ fn results_do_not_depend_on_the_company() {
     for (g, backend) in cases() {
         let n = g.tokens.len();
         let mut random = Random(7);
-        for max_rows in [7, 64] {
-            let options = SessionOptions { batch_invariant: true, ..options(SEQUENCES * n, max_rows) };
+        // A small pool for many sequences has blocks of a position, a large one of 16, in which keys lie otherwise.
+        let large = 16 * 64 * SEQUENCES;
+        for (max_rows, n_positions) in [(7, SEQUENCES * n), (64, SEQUENCES * n), (64, large)] {
+            let options = SessionOptions { batch_invariant: true, ..options(n_positions, max_rows) };
             let new = || Session::new(load(&g.path, backend), &options).unwrap();
             let (mut s, mut alone) = (new(), new());
             while (0..SEQUENCES).any(|seq| s.len(seq as i64).unwrap() < n) {

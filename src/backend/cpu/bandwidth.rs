@@ -3,8 +3,8 @@
 use std::sync::atomic::{AtomicI32, Ordering};
 use std::time::Instant;
 
+use super::arena::Arena;
 use super::kernels;
-use super::matrix::Arena;
 use super::pool::{Pool, Worker, cpus};
 use crate::error::Result;
 
@@ -17,9 +17,9 @@ pub fn read_bandwidth(n_threads: usize) -> Result<f64> {
     const PASSES: usize = 8;
     let kernels = kernels::choose()?;
     let mut pool = Pool::new(n_threads.clamp(1, cpus()))?;
-    let mut arena = Arena::new(BYTES)?;
+    let mut arena = Arena::new("memory to measure its bandwidth", BYTES)?;
     arena.bytes_mut().fill(1);
-    let bytes = &*arena.bytes_mut();
+    let bytes = arena.bytes();
     let mut best = f64::INFINITY;
     for _ in 0..PASSES {
         let total = AtomicI32::new(0);

@@ -10,7 +10,7 @@ use super::matrix::{Activations, Needs, embedding_row};
 use super::packed::TILE;
 use super::pool::{Pool, Worker, cpus};
 use super::shared::Shared;
-use super::store::{Granules, Rows};
+use super::store::{Granules, Parts, Rows};
 use super::{Cpu, CpuLayer, Embedding, Projection};
 use crate::backend::{Context, ContextMemory, ContextOptions};
 use crate::cache::BlockCopy;
@@ -101,13 +101,11 @@ impl CpuContext {
         let rows = options.max_rows;
         let n_threads = options.n_threads.clamp(1, cpus());
         let kind = options.cache_type;
-        let rows_of = |n: usize| Rows::new(kind, n, h.kv_dim(), h.head_dim);
-        let natural = |n: usize| Ok::<_, Error>((rows_of(n)?, rows_of(n)?));
-        let cached = || {
-            let n = layout.cache_rows();
-            let rows_per_block = layout.block * layout.stored_copies;
-            Ok::<_, Error>((Granules::new(kind, n, rows_per_block, h.kv_dim(), h.head_dim)?, rows_of(n)?))
-        };
+        let parts = |rows: usize| Parts::new(kind, rows, h.kv_dim(), h.head_dim);
+        let (stored, ring, fresh) = (parts(layout.cache_rows()), parts(layout.ring_rows()), parts(rows));
+        let natural = |parts: Parts| move |(k, v)| (Rows::new(parts, k), Rows::new(parts, v));
+        let rows_per_block = layout.block * layout.stored_copies;
+        let cached = |(k, v)| (Granules::new(stored, rows_per_block, k), Rows::new(stored, v));
         let scratch = |rows: usize, width: usize| Shared::new("scratch", rows, width);
         let group = h.n_heads / h.n_kv_heads;
         let queries = tile_rows(group) * group;
@@ -132,9 +130,9 @@ impl CpuContext {
             .collect::<Result<_>>()?;
         let own: Vec<Own> = (0..n_threads).map(|_| own()).collect();
         let step = Step {
-            cache: (0..h.n_layers).map(|_| cached()).collect::<Result<_>>()?,
-            rings: (0..h.n_layers).map(|_| natural(layout.ring_rows())).collect::<Result<_>>()?,
-            fresh: natural(rows)?,
+            cache: stored.pairs(h.n_layers)?.map(cached).collect(),
+            rings: ring.pairs(h.n_layers)?.map(natural(ring)).collect(),
+            fresh: fresh.pairs(1)?.map(natural(fresh)).next().expect("one was asked for"),
             logits: Shared::new("the logits", options.n_logits, h.n_vocab)?,
             embeddings: Shared::new("the embeddings", options.n_embeddings, h.n_embd)?,
             x: scratch(rows, h.n_embd)?,

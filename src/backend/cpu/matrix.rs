@@ -2,15 +2,14 @@
 
 use std::sync::Arc;
 
-use memmap2::{Advice, MmapMut, MmapOptions};
-
+use super::arena::Arena;
 #[cfg(feature = "ggml")]
 use super::ggml::Dot;
 use super::kernels::{self, Kernels, Quants, Tile, group_of, groups, meta};
 use super::packed::{Packing, TILE, unpack_row};
 use super::shared::Shared;
 use crate::checkpoint::TensorView;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::tensor::dequantize_row;
 
 /// ggml's kernels are an option of the build; without them no `Dot` exists.
@@ -37,43 +36,6 @@ impl Dot {
     }
     pub fn dot(&self, _: usize, _: &[u8], _: &[u8]) -> f32 {
         match *self {}
-    }
-}
-
-/// Anonymous memory for all packed weights, on huge pages where the system has them: about a tenth more bandwidth.
-pub struct Arena {
-    map: Option<MmapMut>,
-    start: usize,
-    len: usize,
-}
-
-const HUGE_PAGE: usize = 2 << 20;
-
-impl Arena {
-    pub fn new(len: usize) -> Result<Arena> {
-        if len == 0 {
-            return Ok(Arena { map: None, start: 0, len });
-        }
-        let too_large = |_| Error::OutOfMemory { what: "the weights", bytes: len };
-        let map = MmapOptions::new().len(len.saturating_add(HUGE_PAGE)).map_anon().map_err(too_large)?;
-        // Advice: without it everything works, a little slower.
-        #[cfg(target_os = "linux")]
-        let _ = map.advise(Advice::HugePage);
-        let start = map.as_ptr().align_offset(HUGE_PAGE);
-        Ok(Arena { map: Some(map), start, len })
-    }
-
-    pub fn bytes_mut(&mut self) -> &mut [u8] {
-        let (start, len) = (self.start, self.len);
-        self.map.as_mut().map_or(&mut [], |m| &mut m[start..start + len])
-    }
-
-    fn bytes(&self) -> &[u8] {
-        self.map.as_ref().map_or(&[], |m| &m[self.start..self.start + self.len])
-    }
-
-    pub fn len(&self) -> usize {
-        self.len
     }
 }
 

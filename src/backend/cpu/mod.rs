@@ -2,6 +2,7 @@
 // Kernels walk arrays of registers and pointers with one index; tests walk matrices.
 #![allow(clippy::needless_range_loop)]
 
+mod arena;
 mod attention;
 mod bandwidth;
 mod context;
@@ -21,9 +22,10 @@ use std::sync::Arc;
 
 pub use self::bandwidth::read_bandwidth;
 
+use self::arena::Arena;
 use self::context::CpuContext;
 use self::kernels::Kernels;
-use self::matrix::{Arena, Choice, Matrix, Needs};
+use self::matrix::{Choice, Matrix, Needs};
 use self::packed::{Packing, TILE, pack_tile};
 use super::{Backend, Context, ContextOptions};
 use crate::checkpoint::TensorView;
@@ -202,7 +204,7 @@ fn prepare(
             (tensor, choice, offset)
         })
         .collect();
-    let mut arena = Arena::new(total)?;
+    let mut arena = Arena::new("the weights", total)?;
     let mut prepared = Vec::with_capacity(plan.len());
     for (tensor, choice, offset) in plan {
         prepared.push(match choice {

@@ -1,15 +1,26 @@
 //! Memory that the threads of a step divide among themselves.
 
 use std::cell::UnsafeCell;
+use std::ptr::NonNull;
+use std::sync::Arc;
 
+use super::arena::Arena;
 use crate::error::{Error, Result};
 
 /// A fixed array that several threads write at once, each its own part: phases end at a barrier, and within a phase no
 /// element that one thread writes is touched by another.
 pub struct Shared<T> {
-    cells: Box<[UnsafeCell<T>]>,
+    memory: Memory<T>,
 }
 
+enum Memory<T> {
+    Own(Box<[UnsafeCell<T>]>),
+    /// A part of the arena, which nobody else touches.
+    Part(NonNull<[UnsafeCell<T>]>, #[allow(dead_code, reason = "kept for as long as the part")] Arc<Arena>),
+}
+
+// SAFETY: a part is as much its owner's alone as a box is.
+unsafe impl<T: Send> Send for Shared<T> {}
 // SAFETY: access goes through `slice` and `slice_mut`, whose callers promise that nothing is written while it is used.
 unsafe impl<T: Send + Sync> Sync for Shared<T> {}
 
@@ -22,40 +33,57 @@ impl<T: Clone + Default> Shared<T> {
         let mut cells = Vec::new();
         cells.try_reserve_exact(n).map_err(|_| too_large())?;
         cells.resize_with(n, || UnsafeCell::new(T::default()));
-        Ok(Shared { cells: cells.into_boxed_slice() })
+        Ok(Shared { memory: Memory::Own(cells.into_boxed_slice()) })
+    }
+}
+
+impl Shared<u8> {
+    /// # Safety
+    /// The `n` initialized bytes at `start` are in the arena, and nobody else touches them while the arena lives.
+    pub unsafe fn part(start: *mut u8, n: usize, arena: Arc<Arena>) -> Shared<u8> {
+        let start = NonNull::new(start).expect("memory of an arena");
+        Shared { memory: Memory::Part(NonNull::slice_from_raw_parts(start.cast(), n), arena) }
     }
 }
 
 impl<T> From<Vec<T>> for Shared<T> {
     fn from(values: Vec<T>) -> Shared<T> {
-        Shared { cells: values.into_iter().map(UnsafeCell::new).collect() }
+        Shared { memory: Memory::Own(values.into_iter().map(UnsafeCell::new).collect()) }
     }
 }
 
 impl<T> Shared<T> {
+    fn cells(&self) -> &[UnsafeCell<T>] {
+        match &self.memory {
+            Memory::Own(cells) => cells,
+            // SAFETY: initialized and there as long as the arena: `part`'s caller has promised it.
+            Memory::Part(cells, _) => unsafe { cells.as_ref() },
+        }
+    }
+
     pub fn len(&self) -> usize {
-        self.cells.len()
+        self.cells().len()
     }
 
     pub fn bytes(&self) -> usize {
-        size_of_val(&*self.cells)
+        size_of_val(self.cells())
     }
 
     /// For element-wise writing of parts that no slice describes; the rules are those of [`Shared::slice_mut`].
     pub fn as_ptr(&self) -> *mut T {
-        self.cells.as_ptr().cast::<T>().cast_mut()
+        self.cells().as_ptr().cast::<T>().cast_mut()
     }
 
     /// For a single thread that holds the whole.
     pub fn as_mut(&mut self) -> &mut [T] {
         // SAFETY: `&mut self` is the only access, and UnsafeCell<T> is laid out as T.
-        unsafe { std::slice::from_raw_parts_mut(self.cells.as_mut_ptr().cast(), self.cells.len()) }
+        unsafe { std::slice::from_raw_parts_mut(self.as_ptr(), self.len()) }
     }
 
     /// # Safety
     /// Nobody writes to these elements while the slice lives.
     pub unsafe fn slice(&self, start: usize, n: usize) -> &[T] {
-        let cells = &self.cells[start..start + n];
+        let cells = &self.cells()[start..start + n];
         // SAFETY: in bounds; not written, as the caller promises.
         unsafe { std::slice::from_raw_parts(cells.as_ptr().cast(), n) }
     }
@@ -64,7 +92,7 @@ impl<T> Shared<T> {
     /// Nobody else reads or writes these elements while the slice lives.
     #[allow(clippy::mut_from_ref)]
     pub unsafe fn slice_mut(&self, start: usize, n: usize) -> &mut [T] {
-        let cells = &self.cells[start..start + n];
+        let cells = &self.cells()[start..start + n];
         // SAFETY: in bounds; exclusive, as the caller promises; UnsafeCell allows writing through a shared reference.
         unsafe { std::slice::from_raw_parts_mut(cells.as_ptr().cast::<T>().cast_mut(), n) }
     }

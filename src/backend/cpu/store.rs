@@ -1,5 +1,6 @@
 //! Keys and values in the cache's element type, laid out for attention.
 
+use super::arena::Arena;
 use super::shared::Shared;
 use super::simd::Simd;
 use crate::backend::CacheType;
@@ -35,7 +36,7 @@ impl Element {
 /// How a row is divided: a head's part of all rows lies together, so that attention reads a head as one stream. Q8_0 blocks that
 /// would straddle heads are not divided.
 #[derive(Clone, Copy)]
-struct Parts {
+pub struct Parts {
     kind: CacheType,
     rows: usize,
     n: usize,
@@ -44,7 +45,7 @@ struct Parts {
 }
 
 impl Parts {
-    fn new(kind: CacheType, rows: usize, width: usize, head_dim: usize) -> Parts {
+    pub fn new(kind: CacheType, rows: usize, width: usize, head_dim: usize) -> Parts {
         let straddles = kind == CacheType::Q8_0 && !head_dim.is_multiple_of(32);
         let part = if straddles { width } else { head_dim };
         Parts { kind, rows, n: width / part, width: part, bytes: kind.row_bytes(part) }
@@ -60,8 +61,14 @@ impl Parts {
         }
     }
 
-    fn buffer(&self) -> Result<Shared<u8>> {
-        Shared::new("the KV cache", self.rows, self.n * self.bytes)
+    /// Memory for keys and for values of `n` layers.
+    pub fn pairs(&self, n: usize) -> Result<impl Iterator<Item = (Shared<u8>, Shared<u8>)>> {
+        let mut buffers = Arena::divided("the KV cache", 2 * n, self.rows, self.n * self.bytes)?.into_iter();
+        Ok(std::iter::from_fn(move || buffers.next().zip(buffers.next())))
+    }
+
+    fn fit(&self, data: &Shared<u8>) -> bool {
+        data.len() == self.rows * self.n * self.bytes
     }
 }
 
@@ -72,9 +79,9 @@ pub struct Rows {
 }
 
 impl Rows {
-    pub fn new(kind: CacheType, rows: usize, width: usize, head_dim: usize) -> Result<Rows> {
-        let parts = Parts::new(kind, rows, width, head_dim);
-        Ok(Rows { parts, data: parts.buffer()? })
+    pub fn new(parts: Parts, data: Shared<u8>) -> Rows {
+        assert!(parts.fit(&data));
+        Rows { parts, data }
     }
 
     pub fn bytes(&self) -> usize {
@@ -289,12 +296,11 @@ struct Lane {
 }
 
 impl Granules {
-    /// For blocks of `rows_per_block` rows, of which `rows` is a multiple.
-    pub fn new(kind: CacheType, rows: usize, rows_per_block: usize, width: usize, head_dim: usize) -> Result<Granules> {
-        assert!(rows.is_multiple_of(rows_per_block));
-        let parts = Parts::new(kind, rows, width, head_dim);
+    /// For blocks of `rows_per_block` rows, of which the rows are a multiple.
+    pub fn new(parts: Parts, rows_per_block: usize, data: Shared<u8>) -> Granules {
+        assert!(parts.rows.is_multiple_of(rows_per_block) && parts.fit(&data));
         let lanes = 1 << rows_per_block.trailing_zeros().min(GRANULE.trailing_zeros());
-        Ok(Granules { parts, lanes, data: parts.buffer()? })
+        Granules { parts, lanes, data }
     }
 
     pub fn bytes(&self) -> usize {

@@ -2,14 +2,15 @@
 
 use std::sync::Arc;
 
+use super::arena::Arena;
 use super::attention::{self, Attend, Source, padded};
 use super::kernels::{Kernels, Variant, groups};
-use super::matrix::{Activations, Arena, Choice, Matrix, Needs};
+use super::matrix::{Activations, Choice, Matrix, Needs};
 use super::pack_matrix;
 use super::packed::{Packing, TILE};
 use super::simd::Simd;
 use super::simd::plain::Plain;
-use super::store::{Granules, Rows};
+use super::store::{Granules, Parts, Rows};
 use crate::backend::CacheType;
 use crate::backend::testing::{Noise, weights};
 use crate::checkpoint::TensorView;
@@ -25,7 +26,7 @@ fn prepare_one(tensor: &TensorView, prefer_ggml: bool) -> Matrix {
     let (n_out, n_in) = (tensor.shape[0], tensor.shape[1]);
     match Choice::of(tensor, prefer_ggml) {
         Choice::Pack(packing) => {
-            let mut arena = Arena::new(packing.bytes(n_out, n_in)).unwrap();
+            let mut arena = Arena::new("the weights", packing.bytes(n_out, n_in)).unwrap();
             pack_matrix(tensor, packing, arena.bytes_mut(), 2);
             Matrix::packed(packing, n_out, n_in, Arc::new(arena), 0)
         }
@@ -310,6 +311,7 @@ fn attention_is_right_for_every_cache() {
         case(24, 2, 2, 17, 5, 5),
         case(24, 2, 16, 150, 20, 13),
         case(32, 3, 48, 65, 33, 7),
+        case(32, 3, 80, 330, 33, 7),
         case(64, 2, 16, 200, 20, 9),
         case(48, 2, 32, 600, 20, 4),
         case(64, 1, 16, 530, 20, 16),
@@ -326,8 +328,17 @@ fn attention_is_right_for_every_cache() {
             let mut blocks: Vec<u32> = (1..=n_blocks as u32).rev().collect();
             blocks.chunks_mut(3).for_each(<[u32]>::reverse);
             let rows = (n_blocks + 1) * c.rows_per_block;
-            let rows_of = |n: usize| Rows::new(kind, n, width, c.head_dim).unwrap();
-            let (k, v) = (Granules::new(kind, rows, c.rows_per_block, width, c.head_dim).unwrap(), rows_of(rows));
+            // Whatever was there before, even where it is no number, does not matter.
+            let spoilt = |parts: Parts| {
+                let (mut k, mut v) = parts.pairs(1).unwrap().next().unwrap();
+                k.as_mut().fill(0xff);
+                v.as_mut().fill(0xff);
+                (k, v)
+            };
+            let parts = |rows: usize| Parts::new(kind, rows, width, c.head_dim);
+            let rows_of = |n: usize| Rows::new(parts(n), spoilt(parts(n)).0);
+            let (k, v) = spoilt(parts(rows));
+            let (k, v) = (Granules::new(parts(rows), c.rows_per_block, k), Rows::new(parts(rows), v));
             let plain_k = rows_of(rows); // the same, not interleaved
             let natural = |n: usize| (rows_of(n), rows_of(n));
             let capacity = c.hidden + 2;
@@ -354,8 +365,11 @@ fn attention_is_right_for_every_cache() {
                     store.1.write(at, 0, &row());
                 }
             }
+            let stored = Source::Stored { k: &k, v: &v, blocks: &blocks, rows_per_block: c.rows_per_block };
             let sources = [
-                (Source::Stored { k: &k, v: &v, blocks: &blocks, rows_per_block: c.rows_per_block }, (0, c.stored)),
+                (stored, (0, c.stored)),
+                // A split of the context, which may begin within a block.
+                (stored, (if c.stored > 256 { 256 } else { 0 }, c.stored)),
                 (
                     Source::Hidden {
                         ring: (&ring.0, &ring.1),
@@ -377,7 +391,7 @@ fn attention_is_right_for_every_cache() {
                     .map(|q| {
                         // Causal-like ends, window-like beginnings, and one that sees nothing.
                         let to = high - q % (high - low);
-                        let from = if which == 1 { low + q % (to - low) } else { low };
+                        let from = if which == 2 { low + q % (to - low) } else { low };
                         if q == 4 { (0, 0) } else { (from as u32, to as u32) }
                     })
                     .collect();
@@ -389,7 +403,7 @@ fn attention_is_right_for_every_cache() {
                         // SAFETY: one thread; Plain runs everywhere.
                         unsafe {
                             match which {
-                                0 => {
+                                0 | 1 => {
                                     plain_k.read::<Plain>(at_stored(i), head * c.head_dim, &mut key);
                                     v.read::<Plain>(at_stored(i), head * c.head_dim, &mut value);
                                 }
