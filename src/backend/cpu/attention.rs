@@ -379,7 +379,8 @@ impl Right {
     ) {
         // Blocks of like heights: one row alone would wait for its own sums.
         let height = |rows: usize| rows.div_ceil(rows.div_ceil(6));
-        let at_once = (S::QUERY_SUMS / height(rows)).min(4);
+        // Sums, a vector for each column of them, and one to multiply them all with; what does not fit is in memory for every sum.
+        let at_once = ((S::REGISTERS - 1) / (height(rows) + 1)).min(4);
         let mut column = 0;
         while column < columns {
             let vectors = ((columns - column) / S::LANES).min(at_once);
@@ -442,7 +443,7 @@ impl<const N: usize, const ROW: usize> Block<N, ROW> {
     /// M rows by V vectors.
     #[inline(always)]
     unsafe fn sum<S: Simd, const M: usize, const V: usize>(&self, load: impl Fn(*const u8) -> S::F) {
-        if M * V > S::QUERY_SUMS {
+        if M * V + V + 1 > S::REGISTERS {
             return; // never asked for
         }
         // SAFETY: the caller's.

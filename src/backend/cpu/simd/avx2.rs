@@ -106,7 +106,7 @@ macro_rules! avx2 {
             const INT_ROWS: usize = 4;
             const MANY_INT_ROWS: usize = $many_int_rows;
             const FLOAT_ROWS: usize = 3;
-            const QUERY_SUMS: usize = 12;
+            const REGISTERS: usize = 16;
 
             type Wide = Twice<Self>;
 

@@ -113,7 +113,7 @@ impl Tiled for Avx512Vnni {
 impl Simd for Avx512Vnni {
     const INT_ROWS: usize = 12;
     const FLOAT_ROWS: usize = 6;
-    const QUERY_SUMS: usize = 24;
+    const REGISTERS: usize = 32;
 
     type Wide = Self;
 

@@ -71,8 +71,8 @@ pub trait Simd: Tiled {
     const MANY_INT_ROWS: usize = Self::INT_ROWS;
     /// Activation rows of the largest float kernel.
     const FLOAT_ROWS: usize;
-    /// Vectors of sums that the attention's matrix product can hold in registers, for up to six query rows.
-    const QUERY_SUMS: usize;
+    /// Vector registers: a product of attention keeps its sums and operands in them.
+    const REGISTERS: usize;
 
     /// The vectors that kernels of matrices take tiles in.
     type Wide: Tiled;

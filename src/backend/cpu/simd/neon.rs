@@ -124,7 +124,7 @@ impl Tiled for NeonDot {
 impl Simd for NeonDot {
     const INT_ROWS: usize = 8;
     const FLOAT_ROWS: usize = 6;
-    const QUERY_SUMS: usize = 24;
+    const REGISTERS: usize = 32;
 
     type Wide = Self;
 

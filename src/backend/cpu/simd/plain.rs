@@ -140,7 +140,7 @@ impl Tiled for Plain {
 impl Simd for Plain {
     const INT_ROWS: usize = 4;
     const FLOAT_ROWS: usize = 2;
-    const QUERY_SUMS: usize = 8;
+    const REGISTERS: usize = 16;
 
     type Wide = Self;
 
