@@ -63,6 +63,7 @@ fn results_do_not_depend_on_the_company() {
             let options = SessionOptions { batch_invariant: true, ..options(n_positions, max_rows) };
             let new = || Session::new(load(&g.path, backend), &options).unwrap();
             let (mut s, mut alone) = (new(), new());
+            assert_eq!(s.block(), if n_positions == large { 16 } else { 1 });
             while (0..SEQUENCES).any(|seq| s.len(seq as i64).unwrap() < n) {
                 let mut batch = Vec::new();
                 for seq in [2, 0, 1] {

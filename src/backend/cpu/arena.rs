@@ -28,7 +28,7 @@ impl Arena {
         let too_large = |_| Error::OutOfMemory { what, bytes: len };
         let map = MmapOptions::new().len(len.saturating_add(HUGE_PAGE)).map_anon().map_err(too_large)?;
         let start = map.as_ptr().align_offset(HUGE_PAGE);
-        // Whole huge pages only: of a larger one at the end, the rest would be resident too. It is advice: without it
+        // Whole huge pages only: one that reaches beyond the end would be resident as a whole. It is advice: without it
         // everything works, a little slower.
         #[cfg(target_os = "linux")]
         if len >= HUGE_PAGE {
@@ -50,7 +50,7 @@ impl Arena {
     }
 
     /// `n` arrays of `rows` times `width` zeros in one piece of memory, so that small ones too lie on huge pages. All of it is there
-    /// from the beginning: no step waits for the system to find some, or is the first to learn that there is none.
+    /// from the beginning: no step waits for the system to find some.
     ///
     /// # Errors
     /// `OutOfMemory`, naming `what`.
@@ -90,10 +90,39 @@ mod tests {
         }
     }
 
+    /// Huge pages are asked for, for all that fills some, and for no more: the rest would be resident for nothing.
+    #[test]
+    #[cfg(target_os = "linux")]
+    fn whole_huge_pages_are_asked_for() {
+        if !std::fs::exists("/sys/kernel/mm/transparent_hugepage").unwrap() {
+            eprintln!("this kernel has no transparent huge pages");
+            return;
+        }
+        let arena = Arena::new("a test", 2 * HUGE_PAGE + 5 * PAGE).unwrap();
+        // What is asked for the mapping that an address is in: `proc_pid_smaps(5)`.
+        let is_asked = |address: usize| {
+            let smaps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+            let mut is_here = false;
+            for line in smaps.lines() {
+                let range = line.split(' ').next().and_then(|range| range.split_once('-'));
+                let number = |text| usize::from_str_radix(text, 16).ok();
+                if let Some((Some(from), Some(to))) = range.map(|(from, to)| (number(from), number(to))) {
+                    is_here = (from..to).contains(&address);
+                } else if is_here && let Some(flags) = line.strip_prefix("VmFlags:") {
+                    return flags.split_whitespace().any(|flag| flag == "hg");
+                }
+            }
+            panic!("{address:x} is in no mapping");
+        };
+        let first = arena.bytes().as_ptr().addr();
+        let found = [0, 2 * HUGE_PAGE - 1, 2 * HUGE_PAGE].map(|at| is_asked(first + at));
+        assert_eq!(found, [true, true, false]);
+    }
+
     #[test]
     fn memory_that_is_not_there_is_an_error() {
         for (n, rows, width) in
-            [(2, usize::MAX / 4, 1), (1, usize::MAX, 1), (1 << 40, 1 << 20, 1 << 20), (8, 1 << 43, 1)]
+            [(2, usize::MAX / 4, 1), (1, usize::MAX, 1), (usize::MAX, 1, 2), (8, usize::MAX >> 14, 1)]
         {
             let error = Arena::divided("the KV cache", n, rows, width).err().expect("more than any machine has");
             assert!(matches!(error, Error::OutOfMemory { what: "the KV cache", .. }), "{error}");

@@ -379,11 +379,14 @@ impl Right {
     ) {
         // Blocks of like heights: one row alone would wait for its own sums.
         let height = |rows: usize| rows.div_ceil(rows.div_ceil(6));
-        // Sums, a vector for each column of them, and one to multiply them all with; what does not fit is in memory for every sum.
+        // Registers hold the sums, a vector of B for each vector of columns and an element of A: one sum more than fits is loaded
+        // and stored at every step.
         let at_once = ((S::REGISTERS - 1) / (height(rows) + 1)).min(4);
         let mut column = 0;
         while column < columns {
-            let vectors = ((columns - column) / S::LANES).min(at_once);
+            // Of like widths, for the same reason as heights.
+            let left = (columns - column) / S::LANES;
+            let vectors = left.div_ceil(left.div_ceil(at_once));
             // Once, and spread over the whole product; afterwards a line that is there anyway costs less than a branch.
             let mut ahead =
                 next.map_or((self.place, 0), |p| (p.wrapping_add(N * column * depth), N * S::LANES * vectors));

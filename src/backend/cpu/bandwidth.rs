@@ -17,7 +17,7 @@ pub fn read_bandwidth(n_threads: usize) -> Result<f64> {
     const PASSES: usize = 8;
     let kernels = kernels::choose()?;
     let mut pool = Pool::new(n_threads.clamp(1, cpus()))?;
-    let mut arena = Arena::new("memory to measure its bandwidth", BYTES)?;
+    let mut arena = Arena::new("measuring the bandwidth", BYTES)?;
     arena.bytes_mut().fill(1);
     let bytes = arena.bytes();
     let mut best = f64::INFINITY;

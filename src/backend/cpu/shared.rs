@@ -15,12 +15,22 @@ pub struct Shared<T> {
 
 enum Memory<T> {
     Own(Box<[UnsafeCell<T>]>),
-    /// A part of the arena, which nobody else touches.
-    Part(NonNull<[UnsafeCell<T>]>, #[allow(dead_code, reason = "kept for as long as the part")] Arc<Arena>),
+    Part(Part<T>),
 }
 
-// SAFETY: a part is as much its owner's alone as a box is.
-unsafe impl<T: Send> Send for Shared<T> {}
+/// Memory of the arena that nobody else touches.
+struct Part<T> {
+    cells: NonNull<[UnsafeCell<T>]>,
+    /// Kept for as long as the part.
+    _arena: Arc<Arena>,
+}
+
+const _: () = {
+    const fn can_be_sent<T: Send + Sync>() {}
+    can_be_sent::<Arc<Arena>>();
+};
+// SAFETY: the cells are as much their owner's alone as those of a box, and the arena can be sent.
+unsafe impl<T: Send> Send for Part<T> {}
 // SAFETY: access goes through `slice` and `slice_mut`, whose callers promise that nothing is written while it is used.
 unsafe impl<T: Send + Sync> Sync for Shared<T> {}
 
@@ -39,10 +49,12 @@ impl<T: Clone + Default> Shared<T> {
 
 impl Shared<u8> {
     /// # Safety
-    /// The `n` initialized bytes at `start` are in the arena, and nobody else touches them while the arena lives.
+    /// The `n` initialized bytes at `start`, which may be written through, are in the arena, and nobody else touches them while the
+    /// arena lives, not even by [`Arena::bytes`].
     pub unsafe fn part(start: *mut u8, n: usize, arena: Arc<Arena>) -> Shared<u8> {
         let start = NonNull::new(start).expect("memory of an arena");
-        Shared { memory: Memory::Part(NonNull::slice_from_raw_parts(start.cast(), n), arena) }
+        let cells = NonNull::slice_from_raw_parts(start.cast(), n);
+        Shared { memory: Memory::Part(Part { cells, _arena: arena }) }
     }
 }
 
@@ -57,7 +69,7 @@ impl<T> Shared<T> {
         match &self.memory {
             Memory::Own(cells) => cells,
             // SAFETY: initialized and there as long as the arena: `part`'s caller has promised it.
-            Memory::Part(cells, _) => unsafe { cells.as_ref() },
+            Memory::Part(part) => unsafe { part.cells.as_ref() },
         }
     }
 

@@ -62,7 +62,7 @@ impl Parts {
     }
 
     /// Memory for keys and for values of `n` layers.
-    pub fn pairs(&self, n: usize) -> Result<impl Iterator<Item = (Shared<u8>, Shared<u8>)>> {
+    pub fn pairs(self, n: usize) -> Result<impl Iterator<Item = (Shared<u8>, Shared<u8>)>> {
         let mut buffers = Arena::divided("the KV cache", 2 * n, self.rows, self.n * self.bytes)?.into_iter();
         Ok(std::iter::from_fn(move || buffers.next().zip(buffers.next())))
     }

@@ -366,32 +366,30 @@ fn attention_is_right_for_every_cache() {
                 }
             }
             let stored = Source::Stored { k: &k, v: &v, blocks: &blocks, rows_per_block: c.rows_per_block };
-            let sources = [
-                (stored, (0, c.stored)),
-                // A split of the context, which may begin within a block.
-                (stored, (if c.stored > 256 { 256 } else { 0 }, c.stored)),
-                (
-                    Source::Hidden {
-                        ring: (&ring.0, &ring.1),
-                        ring_base: capacity,
-                        capacity,
-                        fresh: (&fresh.0, &fresh.1),
-                        first_fresh,
-                        fresh_base: 3,
-                        first: 100,
-                    },
-                    (100, 100 + c.hidden),
-                ),
-            ];
+            let hidden = Source::Hidden {
+                ring: (&ring.0, &ring.1),
+                ring_base: capacity,
+                capacity,
+                fresh: (&fresh.0, &fresh.1),
+                first_fresh,
+                fresh_base: 3,
+                first: 100,
+            };
+            let mut sources = vec![(stored, (0, c.stored)), (hidden, (100, 100 + c.hidden))];
+            if c.stored > 256 {
+                // The second split of the context, which may begin within a block.
+                sources.push((stored, (256, c.stored)));
+            }
             // As scaled by 1 / sqrt(head_dim): scores of some -10 to 10 for every size of head.
             let size = 9.0 / (c.head_dim as f32).sqrt();
             let queries: Vec<f32> = (0..c.queries * c.head_dim).map(|_| noise.float() * size).collect();
-            for (which, (source, (low, high))) in sources.into_iter().enumerate() {
+            for (source, (low, high)) in sources {
+                let is_hidden = matches!(source, Source::Hidden { .. });
                 let sight: Vec<(u32, u32)> = (0..c.queries)
                     .map(|q| {
                         // Causal-like ends, window-like beginnings, and one that sees nothing.
                         let to = high - q % (high - low);
-                        let from = if which == 2 { low + q % (to - low) } else { low };
+                        let from = if is_hidden { low + q % (to - low) } else { low };
                         if q == 4 { (0, 0) } else { (from as u32, to as u32) }
                     })
                     .collect();
@@ -402,20 +400,13 @@ fn attention_is_right_for_every_cache() {
                     for i in low..high {
                         // SAFETY: one thread; Plain runs everywhere.
                         unsafe {
-                            match which {
-                                0 | 1 => {
-                                    plain_k.read::<Plain>(at_stored(i), head * c.head_dim, &mut key);
-                                    v.read::<Plain>(at_stored(i), head * c.head_dim, &mut value);
-                                }
-                                _ => {
-                                    let (store, at) = match i.checked_sub(first_fresh) {
-                                        Some(i) => (&fresh, 3 + i),
-                                        None => (&ring, capacity + i % capacity),
-                                    };
-                                    store.0.read::<Plain>(at, head * c.head_dim, &mut key);
-                                    store.1.read::<Plain>(at, head * c.head_dim, &mut value);
-                                }
-                            }
+                            let (keys, values, at) = match i.checked_sub(first_fresh) {
+                                _ if !is_hidden => (&plain_k, &v, at_stored(i)),
+                                Some(i) => (&fresh.0, &fresh.1, 3 + i),
+                                None => (&ring.0, &ring.1, capacity + i % capacity),
+                            };
+                            keys.read::<Plain>(at, head * c.head_dim, &mut key);
+                            values.read::<Plain>(at, head * c.head_dim, &mut value);
                         }
                         keys.push((key.clone(), value.clone()));
                     }
