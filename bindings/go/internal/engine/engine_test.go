@@ -218,6 +218,39 @@ func TestManyAtOnceAreWhatTheyAreAlone(t *testing.T) {
 	checkIdle(t, e)
 }
 
+// A generation waits or has a slot, whenever one looks: counted twice, it would be the full queue that others are refused for.
+func TestAGenerationIsCountedOnce(t *testing.T) {
+	e := open(t, nil)
+	most, ended := make(chan int), make(chan struct{})
+	go func() {
+		largest := 0
+		for {
+			select {
+			case <-ended:
+				most <- largest
+				return
+			default:
+			}
+			e.mu.Lock()
+			n := len(e.queue)
+			for _, s := range e.slots {
+				if s.gen != nil {
+					n++
+				}
+			}
+			e.mu.Unlock()
+			largest = max(largest, n)
+		}
+	}()
+	for i := range 100 {
+		start(t, e, params(t, texts[i%len(texts)], 1)).Wait()
+	}
+	close(ended)
+	if n := <-most; n != 1 {
+		t.Errorf("%d generations were counted of the one that there was at a time", n)
+	}
+}
+
 // A pool that cannot hold all that run: the youngest give way and go on later, and nothing of that is seen in their texts.
 func TestThoseWithoutRoomGiveWay(t *testing.T) {
 	e := open(t, func(c *Config) { c.Context, c.SlotContext = 192, 192 })

@@ -263,50 +263,42 @@ func (e *Engine) admit() {
 		if e.leastUsed() == nil {
 			return
 		}
-		outcome, err := e.place(g)
-		if outcome == noRoom {
+		hasRoom, err := e.place(g)
+		if !hasRoom {
 			return // those behind must not take the room that it waits for
 		}
-		if outcome == waits && err == nil {
-			continue
-		}
-		e.mu.Lock()
-		e.queue = slices.DeleteFunc(e.queue, func(other *Generation) bool { return other == g })
-		e.mu.Unlock()
 		if err != nil {
+			e.mu.Lock()
+			e.unqueueLocked(g)
+			e.mu.Unlock()
 			e.finish(g, StopError, err)
 		}
 	}
 }
 
-// What became of a generation that asked for a slot.
-type outcome int
+func (e *Engine) unqueueLocked(g *Generation) {
+	e.queue = slices.DeleteFunc(e.queue, func(other *Generation) bool { return other == g })
+}
 
-const (
-	waits outcome = iota
-	noRoom
-	placed
-)
-
-// place gives g a slot if it can.
-func (e *Engine) place(g *Generation) (outcome, error) {
+// place gives g a slot and takes it out of the queue, if it need not wait for a slot or a prefix, and if the cache has room for it.
+func (e *Engine) place(g *Generation) (hasRoom bool, err error) {
 	known := g.tokens[:len(g.tokens)-1] // the last token's logits are needed, so it is evaluated in any case
 	var s *slot
 	if g.params.Slot >= 0 {
 		if s = e.slots[g.params.Slot]; s.gen != nil {
-			return waits, nil
+			return true, nil
 		}
 	}
 	cached, free := 0, 0 // of the prefix: what is cached, and what of that takes no room as somebody who runs has it, too
 	if g.params.CachePrompt || g.admitted {
 		n, seq, err := e.session.MatchPrefix(known)
 		if err != nil {
-			return waits, err
+			return true, err
 		}
 		cached = n
 		for _, other := range e.running() {
 			if shared := commonPrefix(other.tokens, known); shared > cached+sharedWorth && other.done < shared {
-				return waits, nil
+				return true, nil
 			}
 		}
 		if seq != nil && e.slots[seq.ID()].gen != nil {
@@ -319,16 +311,16 @@ func (e *Engine) place(g *Generation) (outcome, error) {
 		s = e.leastUsed()
 	}
 	if err := e.vacate(s); err != nil {
-		return waits, err
+		return true, err
 	}
 	if !e.makeRoom(len(g.tokens)-free) && len(e.running()) > 0 {
-		return noRoom, nil
+		return false, nil
 	}
 	done := 0
 	if cached > 0 {
 		n, err := s.seq.TakePrefix(known)
 		if err != nil {
-			return waits, err
+			return true, err
 		}
 		done = n
 	}
@@ -339,7 +331,7 @@ func (e *Engine) place(g *Generation) (outcome, error) {
 		}
 		policy := phd.Policy{DropMiddle: true, Keep: min(keep, e.maxKeep()), Limit: e.cfg.SlotContext}
 		if err := s.seq.SetPolicy(&policy); err != nil {
-			return waits, err
+			return true, err
 		}
 	}
 	g.done, g.dropped = done, 0
@@ -348,11 +340,13 @@ func (e *Engine) place(g *Generation) (outcome, error) {
 		g.nCached = done
 		g.started = time.Now()
 	}
+	// At once: whoever counts those who wait and the free slots meanwhile must not find g among the one and miss it among the other.
 	e.mu.Lock()
 	s.gen, g.slot = g, s
+	e.unqueueLocked(g)
 	e.mu.Unlock()
 	g.progress()
-	return placed, nil
+	return true, nil
 }
 
 func commonPrefix(a, b []phd.Token) int {
