@@ -5,6 +5,7 @@
 //! ([`split_len`]), the hidden window as a piece of its own. Splits are what threads share, and are merged in order. So a row's
 //! result depends neither on the number of threads nor on the rows beside it, to the bit.
 
+use super::arena::LINE;
 use super::simd::Simd;
 use super::store::{Element, GRANULE, Granules, Rows};
 
@@ -13,9 +14,6 @@ const CHUNK: usize = 64;
 
 /// Keys to a step of the softmax.
 const RUN: usize = 256;
-
-/// Bytes of a cache line.
-const LINE: usize = 64;
 
 /// Most splits of a row's stored keys.
 pub const MAX_SPLITS: usize = 32;

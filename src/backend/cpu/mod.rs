@@ -22,7 +22,7 @@ use std::sync::Arc;
 
 pub use self::bandwidth::read_bandwidth;
 
-use self::arena::Arena;
+use self::arena::{Arena, LINE};
 use self::context::CpuContext;
 use self::kernels::Kernels;
 use self::matrix::{Choice, Matrix, Needs};
@@ -84,9 +84,6 @@ pub struct Cpu {
     convert_scratch: usize,
     weight_bytes: usize,
 }
-
-/// Where the next matrix begins: a cache line.
-const ALIGNMENT: usize = 64;
 
 impl Cpu {
     /// Packs the weights, on all CPUs.
@@ -199,7 +196,7 @@ fn prepare(
             let choice = Choice::of(&tensor, prefer_ggml);
             let offset = total;
             if let Choice::Pack(packing) = choice {
-                total += packing.bytes(tensor.shape[0], tensor.shape[1]).next_multiple_of(ALIGNMENT);
+                total += packing.bytes(tensor.shape[0], tensor.shape[1]).next_multiple_of(LINE);
             }
             (tensor, choice, offset)
         })

@@ -234,12 +234,7 @@ func (e *Engine) Start(ctx context.Context, p Params) (*Generation, error) {
 		return nil, err
 	}
 	e.mu.Lock()
-	free := 0
-	for _, s := range e.slots {
-		if s.gen == nil {
-			free++
-		}
-	}
+	free := len(e.slots) - len(e.running())
 	switch {
 	case e.draining:
 		err = ErrDraining

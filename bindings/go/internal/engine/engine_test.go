@@ -232,12 +232,7 @@ func TestAGenerationIsCountedOnce(t *testing.T) {
 			default:
 			}
 			e.mu.Lock()
-			n := len(e.queue)
-			for _, s := range e.slots {
-				if s.gen != nil {
-					n++
-				}
-			}
+			n := len(e.queue) + len(e.running())
 			e.mu.Unlock()
 			largest = max(largest, n)
 		}
