@@ -75,7 +75,6 @@ pub type TileFn = unsafe fn(&Tile);
 pub struct Kernels {
     pub variant: Variant,
     int_rows: usize,
-    many_int_rows: usize,
     float_rows: usize,
     /// The kernel for a group of so many rows.
     pub tile: fn(Packing, usize) -> TileFn,
@@ -95,17 +94,10 @@ pub struct Kernels {
     pub read: unsafe fn(&[u8]) -> i32,
 }
 
-/// Up to so many rows a step waits for its tiles to come from memory; with more, of a prompt as a rule, for its arithmetic.
-const FEW_ROWS: usize = 16;
-
 impl Kernels {
-    /// Activation rows of the largest group for a packing, where there are `n` in all; see [`groups`].
-    pub fn largest_group(&self, is_float: bool, n: usize) -> usize {
-        match is_float {
-            true => self.float_rows,
-            false if n <= FEW_ROWS => self.int_rows,
-            false => self.many_int_rows,
-        }
+    /// Activation rows of the largest group for a packing; see [`groups`].
+    pub fn largest_group(&self, is_float: bool) -> usize {
+        if is_float { self.float_rows } else { self.int_rows }
     }
 }
 
@@ -809,7 +801,6 @@ macro_rules! instruction_set {
             pub static KERNELS: Kernels = Kernels {
                 variant: $variant,
                 int_rows: <$simd>::INT_ROWS,
-                many_int_rows: <$simd>::MANY_INT_ROWS,
                 float_rows: <$simd>::FLOAT_ROWS,
                 tile: select,
                 quantize: quantize_row,
@@ -832,7 +823,7 @@ instruction_set!(
     super::super::simd::avx2::Avx2,
     Variant::Avx2,
     ["avx2,fma,f16c"],
-    [1 2 3 4],
+    [1 2 3 4 5],
     [1 2 3]
 );
 instruction_set!(
@@ -841,7 +832,7 @@ instruction_set!(
     super::super::simd::avx2::Avx2Vnni,
     Variant::Avx2Vnni,
     ["avx2,fma,f16c,avxvnni"],
-    [1 2 3 4],
+    [1 2 3 4 5],
     [1 2 3]
 );
 instruction_set!(

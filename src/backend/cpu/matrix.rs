@@ -153,7 +153,7 @@ impl Activations {
         first_column: usize,
         x: &[f32],
     ) {
-        let (first, rows) = group_of(row, n, kernels.largest_group(false, n));
+        let (first, rows) = group_of(row, n, kernels.largest_group(false));
         let plane = width / 32 * rows;
         assert!(row < n && n <= self.capacity && first_column + x.len() <= width);
         assert!(width.is_multiple_of(32) && first_column.is_multiple_of(32) && x.len().is_multiple_of(32));
@@ -178,7 +178,7 @@ impl Activations {
             unsafe { self.set_blocks(kernels, row, n, width, 0, x) };
         }
         if needs.float {
-            let (first, rows) = group_of(row, n, kernels.largest_group(true, n));
+            let (first, rows) = group_of(row, n, kernels.largest_group(true));
             assert!((first + rows) * width <= self.floats.len());
             for (column, x) in x.iter().enumerate() {
                 // SAFETY: in bounds as asserted; only this row's elements.
@@ -335,7 +335,7 @@ unsafe fn run_tile(
     out: &mut [f32; 12 * TILE],
     mut each: impl FnMut(usize, &mut [f32]),
 ) {
-    for (first, rows) in groups(n, kernels.largest_group(packing.is_float(), n)) {
+    for (first, rows) in groups(n, kernels.largest_group(packing.is_float())) {
         // SAFETY: the group's activations were written by `Activations::set` at these same offsets.
         unsafe {
             let (quants, meta) = if packing.is_float() {

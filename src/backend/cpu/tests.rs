@@ -242,7 +242,7 @@ fn groups_are_what_kernels_exist_for() {
         for n in 1..300 {
             for packing in [Packing::Q4_0, Packing::F32] {
                 let mut next = 0;
-                for (first, rows) in groups(n, kernels.largest_group(packing.is_float(), n)) {
+                for (first, rows) in groups(n, kernels.largest_group(packing.is_float())) {
                     assert_eq!(first, next);
                     next += rows;
                     let _ = (kernels.tile)(packing, rows); // panics for a size without a kernel

@@ -24,7 +24,7 @@ unsafe fn in_order(mut sum: __m256i) -> __m256i {
 }
 
 macro_rules! avx2 {
-    ($name:ident, $many_int_rows:literal, $($dots:tt)*) => {
+    ($name:ident, $($dots:tt)*) => {
         impl Tiled for $name {
             const LANES: usize = 8;
 
@@ -103,8 +103,7 @@ macro_rules! avx2 {
         }
 
         impl Simd for $name {
-            const INT_ROWS: usize = 4;
-            const MANY_INT_ROWS: usize = $many_int_rows;
+            const INT_ROWS: usize = 5;
             const FLOAT_ROWS: usize = 3;
             const REGISTERS: usize = 16;
 
@@ -168,7 +167,6 @@ macro_rules! avx2 {
 
 avx2! {
     Avx2Vnni,
-    4,
     type P = __m256i;
 
     #[inline(always)]
@@ -199,7 +197,6 @@ avx2! {
 
 avx2! {
     Avx2,
-    3,
     // i16, two to an element: 2 * 8 products of 15 * 127 fit, or 2 * 4 of 31 * 127, or 2 * 2 of 63 * 127. Widening each time would
     // take half as many instructions again.
     type P = __m256i;

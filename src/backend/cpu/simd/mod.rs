@@ -65,10 +65,8 @@ pub trait Tiled: Copy {
 
 /// What all the other kernels need, too.
 pub trait Simd: Tiled {
-    /// Activation rows of the largest integer kernel: as many as are fast while the tile comes from memory.
+    /// Activation rows of the largest integer kernel.
     const INT_ROWS: usize;
-    /// The same where a tile stays in the cache for many groups.
-    const MANY_INT_ROWS: usize = Self::INT_ROWS;
     /// Activation rows of the largest float kernel.
     const FLOAT_ROWS: usize;
     /// Vector registers: a product of attention keeps its sums and operands in them.
