@@ -385,9 +385,9 @@ impl Right {
             // Of like widths, for the same reason as heights.
             let left = (columns - column) / S::LANES;
             let vectors = left.div_ceil(left.div_ceil(at_once));
-            // Once, and spread over the whole product; afterwards a line that is there anyway costs less than a branch.
-            let mut ahead =
-                next.map_or((self.place, 0), |p| (p.wrapping_add(N * column * depth), N * S::LANES * vectors));
+            // Once, and spread evenly over the whole product: in bursts, the memory's queue is full and then idle.
+            let on = N * S::LANES * vectors / rows.div_ceil(6);
+            let mut ahead = next.map_or((self.place, 0), |p| (p.wrapping_add(N * column * depth), on));
             let mut row = 0;
             while row < rows {
                 let m = height(rows - row);
@@ -402,7 +402,7 @@ impl Right {
                         _ => block.rows::<S, 1>(m, load),
                     }
                 }
-                ahead = (self.place, 0);
+                ahead.0 = ahead.0.wrapping_add(ahead.1 * depth);
                 row += m;
             }
             column += vectors * S::LANES;
@@ -466,7 +466,7 @@ impl<const N: usize, const ROW: usize> Block<N, ROW> {
             let (mut ahead, on) = self.ahead;
             for _ in 0..self.depth {
                 for line in (0..N * S::LANES * V).step_by(LINE) {
-                    S::prefetch(ahead.wrapping_add(line));
+                    S::prefetch_l2(ahead.wrapping_add(line));
                 }
                 ahead = ahead.wrapping_add(on);
                 let mut right = [S::splat(0.0); V];

@@ -103,7 +103,7 @@ macro_rules! avx2 {
         }
 
         impl Simd for $name {
-            const INT_ROWS: usize = 5;
+            const INT_ROWS: usize = 5; // ten sums, two vectors of weights, an activation and a product fill 14 of 16 registers
             const FLOAT_ROWS: usize = 3;
             const REGISTERS: usize = 16;
 
@@ -160,6 +160,10 @@ macro_rules! avx2 {
             unsafe fn store_i8(p: *mut i8, x: __m256i) {
                 let x = _mm_packs_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256::<1>(x));
                 _mm_storel_epi64(p.cast(), _mm_packs_epi16(x, x));
+            }
+            #[inline(always)]
+            unsafe fn prefetch_l2(p: *const u8) {
+                _mm_prefetch::<_MM_HINT_T1>(p.cast());
             }
         }
     };

@@ -161,4 +161,8 @@ impl Simd for Avx512Vnni {
     unsafe fn store_i8(p: *mut i8, x: __m512i) {
         _mm_storeu_si128(p.cast(), _mm512_cvtepi32_epi8(x));
     }
+    #[inline(always)]
+    unsafe fn prefetch_l2(p: *const u8) {
+        _mm_prefetch::<_MM_HINT_T1>(p.cast());
+    }
 }

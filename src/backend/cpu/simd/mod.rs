@@ -92,6 +92,8 @@ pub trait Simd: Tiled {
     unsafe fn reduce_add_i(x: Self::I) -> i32;
     /// Stores elements of -128..=127 as bytes.
     unsafe fn store_i8(p: *mut i8, x: Self::I);
+    /// Into the L2 cache, where [`Tiled::prefetch`] draws a line into the first: for what is not needed soon.
+    unsafe fn prefetch_l2(p: *const u8);
 
     /// `e^x`, relative error below 4e-7; 0 below -87.
     #[inline(always)]

@@ -176,4 +176,8 @@ impl Simd for NeonDot {
         let x = vqmovn_s16(vcombine_s16(x, x));
         p.cast::<u32>().write_unaligned(vget_lane_u32::<0>(vreinterpret_u32_s8(x)));
     }
+    #[inline(always)]
+    unsafe fn prefetch_l2(p: *const u8) {
+        asm!("prfm pldl2keep, [{0}]", in(reg) p, options(nostack, preserves_flags, readonly));
+    }
 }

@@ -188,4 +188,6 @@ impl Simd for Plain {
     unsafe fn store_i8(p: *mut i8, x: [i32; N]) {
         p.cast::<[i8; N]>().write_unaligned(each(x, |&x| x as i8));
     }
+    #[inline(always)]
+    unsafe fn prefetch_l2(_p: *const u8) {}
 }
