@@ -747,6 +747,34 @@ for (const [copies, window, chunk, columns] of [
   });
 }
 
+test("a state that arrives after the answer's end does not take the picture back", async (t) => {
+  const { server, page, ask, finished } = await open(t, {});
+  await page.locator("#ring rect").first().waitFor({ state: "attached" });
+  await ask("@gate @count 20");
+  const taken = async () => (await (await server.call("/phd/state")).json()).slots.some((slot) => slot.busy);
+  await eventually("the slot is taken", taken);
+  const states = [];
+  let arrive;
+  const late = new Promise((resolve) => {
+    arrive = resolve;
+  });
+  await page.route("**/phd/state", async (route) => {
+    const response = await route.fetch();
+    states.push(await response.json());
+    if (states.length === 1) await late;
+    await route.fulfill({ response });
+  });
+  await eventually("the state is asked for", () => states.length === 1);
+  assert.ok(states[0].slots.some((slot) => slot.busy && slot.n_past === 3));
+  await server.release(20);
+  await finished("20");
+  const end = page.locator("#ring-where", { hasText: /^position 22( |$)/ });
+  await end.waitFor();
+  arrive();
+  await eventually("the next state is asked for", () => states.length > 1); // the late one has been shown
+  assert.ok(await end.isVisible(), await page.textContent("#ring-where"));
+});
+
 test("the picture shows the pool, the slots and the memory as the server counts them", async (t) => {
   const state = {
     model: { name: "m", copies: 3, window: 16, chunk: 32, n_layers: 16 },
