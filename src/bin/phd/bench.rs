@@ -100,7 +100,7 @@ impl Bench {
             // As the backend has it: more would only wait for each other.
             n => n.min(std::thread::available_parallelism().map_or(1, |n| n.get())),
         };
-        let bandwidth = model.bandwidth(threads)?;
+        let mut all_bandwidths = Vec::new(); // bytes a second
         let mut rows = Vec::new();
         for &context in &contexts {
             for c in &mut all {
@@ -113,7 +113,10 @@ impl Bench {
                 }
                 c.step_ms.clear();
             }
+            let mut bandwidths = Vec::new();
             for _ in 0..self.steps.div_ceil(TURN) {
+                // In turn with the steps: others on the machine change it from one moment to the next.
+                bandwidths.push(model.bandwidth(threads)?);
                 for c in &mut all {
                     pause();
                     let len = c.session.len(0)?;
@@ -125,6 +128,8 @@ impl Bench {
                     }
                 }
             }
+            all_bandwidths.extend(&bandwidths);
+            let bandwidth = median(&mut bandwidths);
             let base = median(&mut all[0].step_ms);
             for c in &mut all {
                 let ms = median(&mut c.step_ms);
@@ -136,12 +141,13 @@ impl Bench {
                     ms,
                     ratio: ms / base,
                     gb_per_s: bytes / ms * 1e-6,
-                    share: bytes / ms * 1e3 / bandwidth,
+                    bandwidth,
                 });
             }
             bar.inc(1);
         }
         bar.finish_and_clear();
+        let bandwidth = median(&mut all_bandwidths);
         let together = self.together(&model, self.context[0], &tokens)?;
         let backend = model.backend_name();
         if self.json {
@@ -158,7 +164,8 @@ impl Bench {
                 .iter()
                 .map(|r| {
                     json!({"context": r.context, "copies": r.copies, "ms": r.ms, "tokens_per_second": 1e3 / r.ms,
-                        "ratio": r.ratio, "gb_per_second": r.gb_per_s, "share_of_bandwidth": r.share})
+                        "ratio": r.ratio, "gb_per_second": r.gb_per_s,
+                        "bandwidth_gb_per_second": r.bandwidth * 1e-9, "share_of_bandwidth": r.share()})
                 })
                 .collect();
             let result = json!({"backend": backend, "threads": threads, "prompt": self.prompt,
@@ -190,7 +197,7 @@ impl Bench {
                 1e3 / r.ms,
                 r.ratio,
                 r.gb_per_s,
-                100.0 * r.share
+                100.0 * r.share()
             );
         }
         if !together.is_empty() {
@@ -270,7 +277,14 @@ struct Row {
     ms: f64,
     ratio: f64,
     gb_per_s: f64,
-    share: f64,
+    /// Bytes a second that plain reading gave meanwhile.
+    bandwidth: f64,
+}
+
+impl Row {
+    fn share(&self) -> f64 {
+        self.gb_per_s * 1e9 / self.bandwidth
+    }
 }
 
 fn median(values: &mut [f64]) -> f64 {
