@@ -176,10 +176,7 @@ test("a full replica's requests go to another one, until all are full", async (t
     running.push(stream(balancer.address, "@gate @count 1", "one and the same"));
     await eventually(
       "it runs",
-      async () =>
-        (await Promise.all(replicas.map((r) => r.call("/phd/state").then((r) => r.json())))).filter((s) => s.slots[0].busy)
-          .length ===
-        i + 1,
+      async () => (await Promise.all(replicas.map((r) => r.state()))).filter((s) => s.slots[0].busy).length === i + 1,
     );
   }
   const { status, text, headers } = await ask(balancer.address, "@say no", "one and the same");
@@ -189,7 +186,7 @@ test("a full replica's requests go to another one, until all are full", async (t
   // Being full is not being dead: as soon as there is room, a replica is used.
   for (const [i, replica] of replicas.entries()) {
     await replica.release(1);
-    await eventually("there is room", async () => !(await (await replica.call("/phd/state")).json()).slots[0].busy);
+    await eventually("there is room", async () => !(await replica.state()).slots[0].busy);
     for (let again = 0; again < 3; again++)
       assert.equal((await ask(balancer.address, "@say yes", `${i} ${again}`)).status, 200);
   }
@@ -257,7 +254,7 @@ test("slow clients hold no slot", async (t) => {
     `POST /completion HTTP/1.1\r\nHost: x\r\nX-Session-Id: idle\r\nContent-Length: ${question.length}\r\n\r\n${question}`,
   );
   await eventually("it is answered", async () => (await logs()).some((r) => r.session === "idle" && r.ended === "done"));
-  for (const replica of replicas) assert.ok(!(await (await replica.call("/phd/state")).json()).slots[0].busy);
+  for (const replica of replicas) assert.ok(!(await replica.state()).slots[0].busy);
   let read = "";
   idle.resume();
   idle.on("data", (data) => {

@@ -29,8 +29,6 @@ async function three(t) {
   return replicas;
 }
 
-const state = async (replica) => (await replica.call("/phd/state")).json();
-
 test("a conversation's next turn begins in its replica's cache", { skip }, async (t) => {
   const replicas = await three(t);
   const balancer = await balance(t, replicas);
@@ -102,7 +100,9 @@ for (const [signal, word] of [
       "all replicas work",
       async () =>
         load.done() > 24 &&
-        (await Promise.all(replicas.map(state))).every((s) => s.totals.requests > 0 && s.slots.some((slot) => slot.busy)),
+        (await Promise.all(replicas.map((r) => r.state()))).every(
+          (s) => s.totals.requests > 0 && s.slots.some((slot) => slot.busy),
+        ),
     );
     replicas[0].child.kill(signal);
     const status = await replicas[0].gone;
@@ -133,7 +133,7 @@ test("one who does not read holds no slot", { skip }, async (t) => {
   const body = JSON.stringify({ prompt: "In the beginning", stream: true, n_predict: 400 });
   socket.write(`POST /completion HTTP/1.1\r\nHost: x\r\nX-Session-Id: s\r\nContent-Length: ${body.length}\r\n\r\n${body}`);
   await eventually("it is answered, and no slot is busy", async () => {
-    const states = await Promise.all(replicas.map(state));
+    const states = await Promise.all(replicas.map((r) => r.state()));
     return states.some((s) => s.totals.predicted_tokens === 400) && states.every((s) => s.slots.every((slot) => !slot.busy));
   });
   let read = "";

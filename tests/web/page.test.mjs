@@ -318,14 +318,14 @@ test("a full queue is waited for, as long as the server says", async (t) => {
   const other = server
     .call("/completion", { method: "POST", body: JSON.stringify({ prompt: "@gate @count 9" }), signal: busy.signal })
     .catch(() => {});
-  await eventually("the slot is taken", async () => (await (await server.call("/phd/state")).json()).slots[0].busy);
+  await eventually("the slot is taken", async () => (await server.state()).slots[0].busy);
   await ask("hello");
   await page.locator(".pending", { hasText: "The server is busy. Trying again in 1 second" }).waitFor();
   await page.clock.runFor(1100);
   await page.locator(".pending", { hasText: "The server is busy" }).waitFor();
   busy.abort();
   await other;
-  await eventually("the slot is free", async () => !(await (await server.call("/phd/state")).json()).slots[0].busy);
+  await eventually("the slot is free", async () => !(await server.state()).slots[0].busy);
   await page.clock.runFor(2000);
   await finished("You said: hello");
 
@@ -333,7 +333,7 @@ test("a full queue is waited for, as long as the server says", async (t) => {
   const third = server
     .call("/completion", { method: "POST", body: JSON.stringify({ prompt: "@gate @count 9" }), signal: again.signal })
     .catch(() => {});
-  await eventually("the slot is taken", async () => (await (await server.call("/phd/state")).json()).slots[0].busy);
+  await eventually("the slot is taken", async () => (await server.state()).slots[0].busy);
   await ask("patience");
   await page.locator(".pending", { hasText: "busy" }).waitFor();
   await page.keyboard.press("Escape");
@@ -748,11 +748,10 @@ for (const [copies, window, chunk, columns] of [
 }
 
 test("a state that arrives after the answer's end does not take the picture back", async (t) => {
-  const { server, page, ask, finished } = await open(t, {});
+  const { server, page, ask, finished } = await open(t);
   await page.locator("#ring rect").first().waitFor({ state: "attached" });
   await ask("@gate @count 20");
-  const taken = async () => (await (await server.call("/phd/state")).json()).slots.some((slot) => slot.busy);
-  await eventually("the slot is taken", taken);
+  await eventually("the slot is taken", async () => (await server.state()).slots.some((slot) => slot.busy));
   const states = [];
   let arrive;
   const late = new Promise((resolve) => {

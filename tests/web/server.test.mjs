@@ -21,7 +21,7 @@ async function open(t, model, options, more) {
   t.after(() => server.close());
   return {
     server,
-    state: async () => (await server.call("/phd/state")).json(),
+    state: server.state,
     ...(await openPage(t, chromium, server, more)),
   };
 }

@@ -29,6 +29,7 @@ async function start(program, options, stream, ready) {
     address,
     port: new URL(address).port,
     call,
+    state: async () => (await call("/phd/state")).json(),
     child,
     gone,
     async close() {

@@ -376,7 +376,8 @@ impl Right {
         next: Option<*const u8>,
     ) {
         // Blocks of like heights: one row alone would wait for its own sums.
-        let height = |rows: usize| rows.div_ceil(rows.div_ceil(6));
+        let blocks = |rows: usize| rows.div_ceil(6);
+        let height = |rows: usize| rows.div_ceil(blocks(rows));
         // Registers hold the sums, a vector of B for each vector of columns and an element of A: one sum more than fits is loaded
         // and stored at every step.
         let at_once = ((S::REGISTERS - 1) / (height(rows) + 1)).min(4);
@@ -386,7 +387,7 @@ impl Right {
             let left = (columns - column) / S::LANES;
             let vectors = left.div_ceil(left.div_ceil(at_once));
             // Once, and spread evenly over the whole product: in bursts, the memory's queue is full and then idle.
-            let on = N * S::LANES * vectors / rows.div_ceil(6);
+            let on = N * S::LANES * vectors / blocks(rows);
             let mut ahead = next.map_or((self.place, 0), |p| (p.wrapping_add(N * column * depth), on));
             let mut row = 0;
             while row < rows {

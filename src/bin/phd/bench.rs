@@ -100,7 +100,6 @@ impl Bench {
             // As the backend has it: more would only wait for each other.
             n => n.min(std::thread::available_parallelism().map_or(1, |n| n.get())),
         };
-        let mut all_bandwidths = Vec::new(); // bytes a second
         let mut rows = Vec::new();
         for &context in &contexts {
             for c in &mut all {
@@ -128,7 +127,6 @@ impl Bench {
                     }
                 }
             }
-            all_bandwidths.extend(&bandwidths);
             let bandwidth = median(&mut bandwidths);
             let base = median(&mut all[0].step_ms);
             for c in &mut all {
@@ -147,7 +145,7 @@ impl Bench {
             bar.inc(1);
         }
         bar.finish_and_clear();
-        let bandwidth = median(&mut all_bandwidths);
+        let bandwidth = median(&mut rows.iter().map(|r: &Row| r.bandwidth).collect::<Vec<_>>());
         let together = self.together(&model, self.context[0], &tokens)?;
         let backend = model.backend_name();
         if self.json {
