@@ -6,10 +6,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::attention::{self, Attend, MAX_SPLITS, Source, padded, split_len};
 use super::kernels::Kernels;
-use super::matrix::{Activations, Needs, embedding_row};
+use super::matrix::{Activations, Needs, Outputs, embedding_row};
 use super::packed::TILE;
 use super::pool::{Pool, Worker, cpus};
-use super::shared::Shared;
+use super::shared::{Grid, Shared};
 use super::store::{Granules, Parts, Rows};
 use super::{Cpu, CpuLayer, Embedding, Projection};
 use crate::backend::{Context, ContextMemory, ContextOptions};
@@ -45,6 +45,7 @@ struct Own {
     acc: Vec<f32>,          // (query, padded)
     totals: Vec<f32>,       // (query, padded + 2): running merge
     tiles: Vec<QueryTile>,
+    rows: Vec<u32>, // where a product's rows go
 }
 
 /// Rows of one sequence that attend together.
@@ -76,18 +77,19 @@ struct Step {
     cache: Vec<(Granules, Rows)>, // (layer): keys, values of (cache row, kv_dim)
     rings: Vec<(Rows, Rows)>,     // (layer): (sequence, hidden number % ring_capacity), kv_dim
     fresh: (Rows, Rows),          // (hidden row of the pass, kv_dim)
-    logits: Shared<f32>,          // (logits row, n_vocab)
-    embeddings: Shared<f32>,      // (embedding, n_embd)
-    x: Shared<f32>,               // (row of the plan, n_embd): the residual stream
-    rope: Shared<f32>,            // (row of the plan, head_dim): cosines, then sines
-    q: Shared<f32>,               // (entering row, q_dim)
-    k: Shared<f32>,               // (entering row, kv_dim)
-    v: Shared<f32>,               // (entering row, kv_dim)
-    attention: Shared<f32>,       // (row that goes on, q_dim)
+    logits: Grid,                 // (logits row, n_vocab)
+    embeddings: Grid,             // (embedding, n_embd)
+    x: Grid,                      // (row of the plan, n_embd): the residual stream
+    rope: Grid,                   // (row of the plan, head_dim): cosines, then sines
+    q: Grid,                      // (entering row, q_dim)
+    k: Grid,                      // (entering row, kv_dim)
+    v: Grid,                      // (entering row, kv_dim)
+    attention: Grid,              // (row that goes on, q_dim)
     partials: Shared<f32>,        // (row that goes on, head, split or hidden, padded + 2)
-    gate: Shared<f32>,            // (row that goes on, n_ff)
-    up: Shared<f32>,              // (row that goes on, n_ff)
-    out: Shared<f32>,             // (row that goes on, n_embd)
+    gate: Grid,                   // (row that goes on, n_ff)
+    up: Grid,                     // (row that goes on, n_ff)
+    out: Grid,                    // (row that goes on, n_embd)
+    numbers: Vec<u32>,            // 0, 1, 2...: the rows of a product in their own order
     activations: Activations,
     gated: Activations, // (row that goes on, n_ff): the down projection's
     own: Shared<Own>,
@@ -106,7 +108,7 @@ impl CpuContext {
         let natural = |parts: Parts| move |(k, v)| (Rows::new(parts, k), Rows::new(parts, v));
         let rows_per_block = layout.block * layout.stored_copies;
         let cached = |(k, v)| (Granules::new(stored, rows_per_block, k), Rows::new(stored, v));
-        let scratch = |rows: usize, width: usize| Shared::new("scratch", rows, width);
+        let scratch = |rows: usize, width: usize| Grid::new("scratch", rows, width);
         let group = h.n_heads / h.n_kv_heads;
         let queries = tile_rows(group) * group;
         let widest = h.n_embd.max(h.n_ff).max(h.q_dim());
@@ -124,6 +126,7 @@ impl CpuContext {
             acc: vec![0.0; queries * width],
             totals: vec![0.0; queries * (width + 2)],
             tiles: Vec::with_capacity(rows),
+            rows: Vec::with_capacity(rows),
         };
         let own_activations = (0..n_threads)
             .map(|_| Activations::new(OWN_ROWS.min(rows), widest, &model.needs))
@@ -133,18 +136,19 @@ impl CpuContext {
             cache: stored.pairs(h.n_layers)?.map(cached).collect(),
             rings: ring.pairs(h.n_layers)?.map(natural(ring)).collect(),
             fresh: fresh.pairs(1)?.map(natural(fresh)).next().expect("one was asked for"),
-            logits: Shared::new("the logits", options.n_logits, h.n_vocab)?,
-            embeddings: Shared::new("the embeddings", options.n_embeddings, h.n_embd)?,
+            logits: Grid::new("the logits", options.n_logits, h.n_vocab)?,
+            embeddings: Grid::new("the embeddings", options.n_embeddings, h.n_embd)?,
             x: scratch(rows, h.n_embd)?,
             rope: scratch(rows, h.head_dim)?,
             q: scratch(rows, h.q_dim())?,
             k: scratch(rows, h.kv_dim())?,
             v: scratch(rows, h.kv_dim())?,
             attention: scratch(rows, h.q_dim())?,
-            partials: scratch(rows.min(SPLIT_ROWS) * h.n_heads * slots(&layout), width + 2)?,
+            partials: Shared::new("scratch", rows.min(SPLIT_ROWS) * h.n_heads * slots(&layout), width + 2)?,
             gate: scratch(rows, h.n_ff)?,
             up: scratch(rows, h.n_ff)?,
             out: scratch(rows, h.n_embd)?,
+            numbers: (0..rows as u32).collect(),
             activations: Activations::new(rows, widest, &model.needs)?,
             gated: Activations::new(rows, h.n_ff, &model.needs)?,
             own: own.into(),
@@ -181,20 +185,18 @@ impl Context for CpuContext {
     }
 
     fn logits(&self, row: usize) -> Result<&[f32]> {
-        let n = self.step.model.hyper.n_vocab;
         // SAFETY: no step is running: that takes `&mut self`.
-        Ok(unsafe { self.step.logits.slice(row * n, n) })
+        Ok(unsafe { self.step.logits.row(row) })
     }
 
     fn put_logits(&mut self, row: usize, logits: &[f32]) {
-        let n = self.step.model.hyper.n_vocab;
-        self.step.logits.as_mut()[row * n..(row + 1) * n].copy_from_slice(logits);
+        // SAFETY: this is the only access.
+        unsafe { self.step.logits.row_mut(row) }.copy_from_slice(logits);
     }
 
     fn embedding(&self, row: usize) -> &[f32] {
-        let n = self.step.model.hyper.n_embd;
         // SAFETY: no step is running: that takes `&mut self`.
-        unsafe { self.step.embeddings.slice(row * n, n) }
+        unsafe { self.step.embeddings.row(row) }
     }
 
     fn read_rows(&self, layer: usize, first: usize, rows: &mut [u8]) -> Result<()> {
@@ -223,8 +225,7 @@ impl Context for CpuContext {
     }
 
     fn copy_logits(&mut self, src: usize, dst: usize) -> Result<()> {
-        let n = self.step.model.hyper.n_vocab;
-        self.step.logits.as_mut().copy_within(src * n..(src + 1) * n, dst * n);
+        self.step.logits.copy_row(src, dst);
         Ok(())
     }
 
@@ -251,26 +252,14 @@ impl Context for CpuContext {
 
     fn memory(&self) -> ContextMemory {
         let s = &self.step;
-        let floats = [
-            &s.logits,
-            &s.embeddings,
-            &s.x,
-            &s.rope,
-            &s.q,
-            &s.k,
-            &s.v,
-            &s.attention,
-            &s.partials,
-            &s.gate,
-            &s.up,
-            &s.out,
-        ];
+        let grids = [&s.logits, &s.embeddings, &s.x, &s.rope, &s.q, &s.k, &s.v, &s.attention, &s.gate, &s.up, &s.out];
         // SAFETY: no step is running.
         let own = unsafe { s.own.slice(0, s.own.len()) };
         ContextMemory {
             cache: s.cache.iter().map(|(k, v)| k.bytes() + v.bytes()).sum(),
             hidden: s.rings.iter().map(|(k, v)| k.bytes() + v.bytes()).sum(),
-            scratch: floats.into_iter().map(Shared::bytes).sum::<usize>()
+            scratch: grids.into_iter().map(Grid::bytes).sum::<usize>()
+                + s.partials.bytes()
                 + s.fresh.0.bytes()
                 + s.fresh.1.bytes()
                 + s.activations.bytes()
@@ -289,6 +278,7 @@ impl Own {
             + self.encoded.len()
             + 8 * self.sight.len()
             + self.tiles.capacity() * size_of::<QueryTile>()
+            + 4 * self.rows.capacity()
     }
 }
 
@@ -376,8 +366,7 @@ impl<'a> Phases<'a> {
         for i in self.w.share(self.plan.rows.len(), 1) {
             let row = &self.plan.rows[i];
             // SAFETY: phases.
-            let (x, rope) =
-                unsafe { (s.x.slice_mut(i * h.n_embd, h.n_embd), s.rope.slice_mut(i * h.head_dim, h.head_dim)) };
+            let (x, rope) = unsafe { (s.x.row_mut(i), s.rope.row_mut(i)) };
             match &s.model.embeddings[row.table as usize] {
                 Embedding::Stored(table) => embedding_row(table, row.token as usize, x),
                 Embedding::Head => s.model.head.row(row.token as usize, x),
@@ -420,7 +409,7 @@ impl<'a> Phases<'a> {
     fn normed(self, own: &mut Own, row: usize, weight: &[f32], when: NormPlacement) -> Input<'a> {
         let (s, h) = (self.s, self.h);
         // SAFETY: phases.
-        let x = unsafe { s.x.slice(row * h.n_embd, h.n_embd) };
+        let x = unsafe { s.x.row(row) };
         if h.norms != when {
             return Input::Shared(x);
         }
@@ -429,22 +418,14 @@ impl<'a> Phases<'a> {
         Input::Own(h.n_embd)
     }
 
-    /// This thread's part of the outputs of `projections`, which follow one another; `each` is given the number of the
-    /// projection, the row, the first output and the outputs, bias included.
-    fn multiply(
-        self,
-        own: &mut Own,
-        projections: &[&Projection],
-        x: &Activations,
-        n: usize,
-        mut each: impl FnMut(usize, usize, usize, &mut [f32]),
-    ) {
-        for piece in self.pieces(projections.iter().map(|p| p.matrix.n_tiles()).sum(), 1) {
+    /// This thread's part of the outputs of `projections`, which follow one another.
+    fn multiply(self, convert: &mut [f32], x: &Activations, projections: &[(&Projection, Outputs)]) {
+        for piece in self.pieces(projections.iter().map(|(p, _)| p.matrix.n_tiles()).sum(), 1) {
             let mut from = 0;
-            for (i, p) in projections.iter().enumerate() {
+            for (p, to) in projections {
                 let tiles = overlap(&piece, from, p.matrix.n_tiles());
                 from += p.matrix.n_tiles();
-                self.multiply_tiles(own, p, x, n, tiles, |row, first, out| each(i, row, first, out));
+                self.multiply_tiles(convert, x, p, tiles, to);
             }
         }
     }
@@ -457,24 +438,10 @@ impl<'a> Phases<'a> {
     }
 
     /// Some tiles of one projection.
-    fn multiply_tiles(
-        self,
-        own: &mut Own,
-        p: &Projection,
-        x: &Activations,
-        n: usize,
-        tiles: Range<usize>,
-        mut each: impl FnMut(usize, usize, &mut [f32]),
-    ) {
-        // SAFETY: `inputs` has put in all n rows for the needs of this projection; kernels are this CPU's.
-        unsafe {
-            p.matrix.tiles(self.kernels, x, n, tiles, &mut own.convert, |row, first, out| {
-                if let Some(bias) = &p.bias {
-                    out.iter_mut().zip(&bias[first..]).for_each(|(o, b)| *o += b);
-                }
-                each(row, first, out);
-            });
-        }
+    fn multiply_tiles(self, convert: &mut [f32], x: &Activations, p: &Projection, tiles: Range<usize>, to: &Outputs) {
+        // SAFETY: `inputs` has put in all rows for the needs of this projection; kernels are this CPU's. Phases: the columns
+        // of this thread's tiles.
+        unsafe { p.matrix.tiles(self.kernels, x, tiles, convert, p.bias.as_deref(), to) }
     }
 
     /// Queries, keys and values of the entering rows.
@@ -484,12 +451,8 @@ impl<'a> Phases<'a> {
         let x = self.inputs(own, &layer.qkv_needs, n, |own, i| {
             self.normed(own, enter[i] as usize, &layer.attention_norm, NormPlacement::Before)
         })?;
-        let targets = [(&s.q, self.h.q_dim()), (&s.k, self.h.kv_dim()), (&s.v, self.h.kv_dim())];
-        self.multiply(own, &[&layer.q, &layer.k, &layer.v], x, n, |which, row, first, out| {
-            let (target, width) = targets[which];
-            // SAFETY: phases: the columns of this thread's tiles.
-            unsafe { target.slice_mut(row * width + first, out.len()) }.copy_from_slice(out);
-        });
+        let to = |grid| Outputs::new(grid, &s.numbers[..n], false);
+        self.multiply(&mut own.convert, x, &[(&layer.q, to(&s.q)), (&layer.k, to(&s.k)), (&layer.v, to(&s.v))]);
         Some(())
     }
 
@@ -506,10 +469,10 @@ impl<'a> Phases<'a> {
             // SAFETY: phases: units of this thread's share.
             let (q, k, v, rope) = unsafe {
                 (
-                    s.q.slice_mut(i * h.q_dim() + piece * q_width, q_width),
-                    s.k.slice_mut(i * h.kv_dim() + piece * kv_width, kv_width),
-                    s.v.slice(i * h.kv_dim() + piece * kv_width, kv_width),
-                    s.rope.slice(row * h.head_dim, h.head_dim),
+                    s.q.part_mut(i, piece * q_width, q_width),
+                    s.k.part_mut(i, piece * kv_width, kv_width),
+                    s.v.part(i, piece * kv_width, kv_width),
+                    s.rope.row(row),
                 )
             };
             for (x, weight) in [(&mut *q, &layer.q_norm), (&mut *k, &layer.k_norm)] {
@@ -616,7 +579,7 @@ impl<'a> Phases<'a> {
                 let (i, head) = (tile.first + q / group, head * group + q % group);
                 // SAFETY: phases: this row's and head's part; these kernels are this CPU's.
                 unsafe {
-                    let out = s.attention.slice_mut(i * h.q_dim() + head * dim, dim);
+                    let out = s.attention.part_mut(i, head * dim, dim);
                     (self.kernels.finish)(&own.totals[q * (width + 2)..(q + 1) * (width + 2)], out);
                 }
             }
@@ -633,7 +596,7 @@ impl<'a> Phases<'a> {
         for i in 0..tile.n {
             let entering = rows.keep[tile.first + i] as usize;
             // SAFETY: phases.
-            let q = unsafe { s.q.slice(entering * h.q_dim() + head * group * dim, group * dim) };
+            let q = unsafe { s.q.part(entering, head * group * dim, group * dim) };
             for (j, q) in q.chunks_exact(dim).enumerate() {
                 let column = own.queries[i * group + j..].iter_mut().step_by(tile.n * group);
                 column.zip(q).for_each(|(o, q)| *o = q * scale);
@@ -724,7 +687,7 @@ impl<'a> Phases<'a> {
         let (s, h) = (self.s, self.h);
         if rows.keep.len() > SPLIT_ROWS {
             // SAFETY: phases.
-            return Input::Shared(unsafe { s.attention.slice(i * h.q_dim(), h.q_dim()) });
+            return Input::Shared(unsafe { s.attention.row(i) });
         }
         let out = &mut own.row[..h.q_dim()];
         let row: &Row = &self.plan.rows[self.kept(rows, i)];
@@ -763,20 +726,17 @@ impl<'a> Phases<'a> {
         let x = self.inputs(own, &layer.gate_up_needs, n, |own, i| {
             self.normed(own, self.kept(rows, i), &layer.ffn_norm, NormPlacement::Before)
         })?;
+        let to = |grid| Outputs::new(grid, &s.numbers[..n], false);
+        let (gate, up) = (to(&s.gate), to(&s.up));
         for tiles in self.pieces(layer.gate.matrix.n_tiles(), 2) {
-            for (projection, target) in [(&layer.gate, &s.gate), (&layer.up, &s.up)] {
-                self.multiply_tiles(own, projection, x, n, tiles.clone(), |row, first, out| {
-                    // SAFETY: phases: the columns of this thread's tiles.
-                    unsafe { target.slice_mut(row * h.n_ff + first, out.len()) }.copy_from_slice(out);
-                });
-            }
+            self.multiply_tiles(&mut own.convert, x, &layer.gate, tiles.clone(), &gate);
+            self.multiply_tiles(&mut own.convert, x, &layer.up, tiles.clone(), &up);
             let columns = tiles.start * TILE..(tiles.end * TILE).min(h.n_ff);
             for i in 0..n {
-                let at = i * h.n_ff + columns.start;
                 // SAFETY: phases: as above; these kernels are this CPU's.
                 unsafe {
-                    let gate = s.gate.slice_mut(at, columns.len());
-                    (self.kernels.silu)(gate, s.up.slice(at, columns.len()));
+                    let gate = s.gate.part_mut(i, columns.start, columns.len());
+                    (self.kernels.silu)(gate, s.up.part(i, columns.start, columns.len()));
                     if layer.down_needs.is_int() {
                         s.gated.set_blocks(self.kernels, i, n, h.n_ff, columns.start, gate);
                     }
@@ -788,13 +748,13 @@ impl<'a> Phases<'a> {
 
     /// Down projection of the feed-forward, and its residual.
     fn feed_forward_output(self, own: &mut Own, layer: &CpuLayer, rows: &LayerRows) -> Option<()> {
-        let (s, h) = (self.s, self.h);
+        let s = self.s;
         let n = rows.keep.len();
         let x = if layer.down_needs.is_int() {
             &s.gated // as `feed_forward` has left them
         } else {
             // SAFETY: phases.
-            self.inputs(own, &layer.down_needs, n, |_, i| Input::Shared(unsafe { s.gate.slice(i * h.n_ff, h.n_ff) }))?
+            self.inputs(own, &layer.down_needs, n, |_, i| Input::Shared(unsafe { s.gate.row(i) }))?
         };
         self.add_to_residual(own, &layer.down, &layer.ffn_norm, x, rows)
     }
@@ -811,25 +771,22 @@ impl<'a> Phases<'a> {
         let (s, h) = (self.s, self.h);
         let n = rows.keep.len();
         let norms_after = h.norms == NormPlacement::After;
-        self.multiply(own, &[projection], x, n, |_, i, first, out| {
-            // SAFETY: phases: the columns of this thread's tiles.
-            unsafe {
-                if norms_after {
-                    s.out.slice_mut(i * h.n_embd + first, out.len()).copy_from_slice(out);
-                } else {
-                    let x = s.x.slice_mut(self.kept(rows, i) * h.n_embd + first, out.len());
-                    x.iter_mut().zip(out).for_each(|(x, o)| *x += *o);
-                }
-            }
-        });
+        own.rows.clear();
+        own.rows.extend((0..n).map(|i| self.kept(rows, i) as u32));
+        let to = if norms_after {
+            Outputs::new(&s.out, &s.numbers[..n], false)
+        } else {
+            Outputs::new(&s.x, &own.rows, true)
+        };
+        self.multiply(&mut own.convert, x, &[(projection, to)]);
         if norms_after {
             self.meet()?;
             for i in self.w.share(n, 1) {
                 let normed = &mut own.row[..h.n_embd];
                 // SAFETY: phases: rows of this thread's share; these kernels are this CPU's.
                 unsafe {
-                    (self.kernels.norm)(s.out.slice(i * h.n_embd, h.n_embd), norm, h.norm_eps, normed);
-                    let x = s.x.slice_mut(self.kept(rows, i) * h.n_embd, h.n_embd);
+                    (self.kernels.norm)(s.out.row(i), norm, h.norm_eps, normed);
+                    let x = s.x.row_mut(self.kept(rows, i));
                     x.iter_mut().zip(normed).for_each(|(x, n)| *x += *n);
                 }
             }
@@ -846,9 +803,8 @@ impl<'a> Phases<'a> {
             for i in self.w.share(n, 1) {
                 // SAFETY: phases: rows of this thread's share; these kernels are this CPU's.
                 unsafe {
-                    let x = s.x.slice(self.kept(rows, i) * h.n_embd, h.n_embd);
-                    let out = s.embeddings.slice_mut(self.plan.outputs[i].logits as usize * h.n_embd, h.n_embd);
-                    (self.kernels.norm)(x, &s.model.norm, h.norm_eps, out);
+                    let out = s.embeddings.row_mut(self.plan.outputs[i].logits as usize);
+                    (self.kernels.norm)(s.x.row(self.kept(rows, i)), &s.model.norm, h.norm_eps, out);
                 }
             }
             return Some(());
@@ -857,19 +813,16 @@ impl<'a> Phases<'a> {
             let row = self.kept(rows, i);
             // SAFETY: phases; these kernels are this CPU's.
             unsafe {
-                let x = s.x.slice(row * h.n_embd, h.n_embd);
-                (self.kernels.norm)(x, &s.model.norm, h.norm_eps, &mut own.row[..h.n_embd]);
+                (self.kernels.norm)(s.x.row(row), &s.model.norm, h.norm_eps, &mut own.row[..h.n_embd]);
             }
             Input::Own(h.n_embd)
         })?;
+        own.rows.clear();
+        own.rows.extend(self.plan.outputs.iter().map(|output| output.logits));
+        let to = Outputs::new(&s.logits, &own.rows, false);
         for tiles in self.pieces(s.model.head.n_tiles(), 1) {
             // SAFETY: `inputs` has put in all rows; logits: the columns of this thread's tiles.
-            unsafe {
-                s.model.head.tiles(self.kernels, x, n, tiles, &mut own.convert, |row, first, out| {
-                    let at = self.plan.outputs[row].logits as usize * h.n_vocab + first;
-                    s.logits.slice_mut(at, out.len()).copy_from_slice(out);
-                });
-            }
+            unsafe { s.model.head.tiles(self.kernels, x, tiles, &mut own.convert, None, &to) };
         }
         // The threads do not meet again.
         (!self.w.is_stop_asked()).then_some(())

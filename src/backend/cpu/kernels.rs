@@ -23,8 +23,14 @@ pub struct Tile {
     pub x: *const u8,
     /// `[META][block][row]`, see [`meta`]; unused by float weights.
     pub meta: *const u32,
-    /// `[row][TILE]`
+    /// The tile's first column of the outputs, in their row 0.
     pub out: *mut f32,
+    /// Floats from a row of the outputs to the next.
+    pub stride: usize,
+    /// Each row's place among the rows of the outputs.
+    pub rows: *const u32,
+    /// Whether to add to what is there.
+    pub adds: bool,
 }
 
 impl Tile {
@@ -36,6 +42,21 @@ impl Tile {
     unsafe fn plane<const K: usize>(&self, word: usize) -> *const u32 {
         // SAFETY: `meta` has WORDS planes.
         unsafe { self.meta.add(word * (self.n_in / 32) * K) }
+    }
+
+    /// Stores the outputs of all rows that begin at `lane`.
+    ///
+    /// # Safety
+    /// As for [`tile`].
+    #[inline(always)]
+    unsafe fn store<S: Tiled, const K: usize>(&self, lane: usize, sums: [S::F; K]) {
+        for k in 0..K {
+            // SAFETY: the row's part of the outputs.
+            unsafe {
+                let to = self.out.add((*self.rows.add(k) as usize).wrapping_mul(self.stride)).add(lane);
+                S::store(to, if self.adds { S::add(S::load(to), sums[k]) } else { sums[k] });
+            }
+        }
     }
 }
 
@@ -315,9 +336,7 @@ unsafe fn tile_4<S: Tiled, const K: usize, const HAS_MIN: bool>(t: &Tile) {
                 zeros = zeros.add(K);
                 sums = sums.add(K);
             }
-            for k in 0..K {
-                S::store(t.out.add(k * TILE + lane), acc[k]);
-            }
+            t.store::<S, K>(lane, acc);
         }
     }
 }
@@ -358,9 +377,7 @@ unsafe fn tile_8<S: Tiled, const K: usize>(t: &Tile) {
                 scales = scales.add(K);
                 zeros = zeros.add(K);
             }
-            for k in 0..K {
-                S::store(t.out.add(k * TILE + lane), acc[k]);
-            }
+            t.store::<S, K>(lane, acc);
         }
     }
 }
@@ -417,9 +434,7 @@ unsafe fn tile_4_k<S: Tiled, const K: usize, const HAS_HIGH: bool>(t: &Tile) {
                     sums = sums.add(K);
                 }
             }
-            for k in 0..K {
-                S::store(t.out.add(k * TILE + lane), acc[k]);
-            }
+            t.store::<S, K>(lane, acc);
         }
     }
 }
@@ -479,9 +494,7 @@ unsafe fn tile_6_k<S: Tiled, const K: usize>(t: &Tile) {
                     zeros = zeros.map(|z| z.add(K));
                 }
             }
-            for k in 0..K {
-                S::store(t.out.add(k * TILE + lane), acc[k]);
-            }
+            t.store::<S, K>(lane, acc);
         }
     }
 }
@@ -538,9 +551,9 @@ unsafe fn tile_f<S: Tiled, const T: u8, const K: usize>(t: &Tile) {
                 x = x.add(K);
             }
             for k in 0..K {
-                let sum = S::add(S::add(acc[0][k], acc[1][k]), S::add(acc[2][k], acc[3][k]));
-                S::store(t.out.add(k * TILE + lane), sum);
+                acc[0][k] = S::add(S::add(acc[0][k], acc[1][k]), S::add(acc[2][k], acc[3][k]));
             }
+            t.store::<S, K>(lane, acc[0]);
         }
     }
 }
@@ -567,34 +580,32 @@ unsafe fn tile<S: Simd, const T: u8, const K: usize>(t: &Tile) {
 /// The CPU has `S`; there is room behind the pointers of `to` for `x.len() / 32` blocks.
 #[inline(always)]
 unsafe fn quantize<S: Simd>(x: &[f32], to: &Quants) {
+    // Below it 127 / largest is infinite: all such values are zero.
+    const SMALLEST: f32 = 4e-37;
     let &Quants { quants, meta, plane, rows, row } = to;
-    // SAFETY: `row < rows`, and a block of the group has 32 * rows bytes and rows words of each plane.
+    let quad = 4 * rows;
+    // SAFETY: `row < rows`, and a block of the group has 8 quads and a word of each plane for every row.
     unsafe {
-        for (b, x) in x.chunks_exact(32).enumerate() {
+        let (mut quants, mut meta) = (quants.add(4 * row), meta.add(row));
+        for x in x.as_chunks::<32>().0 {
             let mut largest = S::splat(0.0);
             for i in (0..32).step_by(S::LANES) {
                 let v = S::load(x.as_ptr().add(i));
                 largest = S::max(largest, S::max(v, S::mul(v, S::splat(-1.0))));
             }
             let largest = S::reduce_max(largest);
-            let scale = largest / 127.0;
-            // Not 1 / scale: for the smallest numbers that is infinite.
-            let inverse = if scale > 0.0 { 127.0 / largest } else { 0.0 };
-            let inverse = if inverse.is_finite() { inverse } else { 0.0 };
+            let inverse = S::splat(if largest > SMALLEST { 127.0 / largest } else { 0.0 });
             let mut q = [0i8; 32];
-            let mut sums = [S::splat_i(0); 2];
             for i in (0..32).step_by(S::LANES) {
-                let v = S::to_i(S::mul(S::load(x.as_ptr().add(i)), S::splat(inverse)));
-                sums[i / 16] = S::add_i(sums[i / 16], v);
-                S::store_i8(q.as_mut_ptr().add(i), v);
+                S::store_i8(q.as_mut_ptr().add(i), S::to_i(S::mul(S::load(x.as_ptr().add(i)), inverse)));
             }
-            let out = quants.add(b * 32 * rows + 4 * row);
-            for i in 0..8 {
-                out.add(4 * i * rows).cast::<[i8; 4]>().write_unaligned(*q.as_ptr().add(4 * i).cast::<[i8; 4]>());
+            for q in q.as_chunks::<4>().0 {
+                quants.cast::<[i8; 4]>().write_unaligned(*q);
+                quants = quants.add(quad);
             }
-            let (first, second) = (S::reduce_add_i(sums[0]), S::reduce_add_i(sums[1]));
+            let scale = largest / 127.0;
+            let (first, second) = (S::sum_i8(q.as_ptr()), S::sum_i8(q.as_ptr().add(16)));
             let sum = first + second;
-            let m = meta.add(b * rows + row);
             let words = [
                 scale.to_bits(),
                 (-8 * sum) as u32,
@@ -603,9 +614,12 @@ unsafe fn quantize<S: Simd>(x: &[f32], to: &Quants) {
                 (-32 * first) as u32,
                 (-32 * second) as u32,
             ];
-            for (i, word) in words.into_iter().enumerate() {
-                *m.add(i * plane) = word;
+            let mut to = meta;
+            for word in words {
+                *to = word;
+                to = to.add(plane);
             }
+            meta = meta.add(rows);
         }
     }
 }

@@ -1,5 +1,6 @@
 //! Linear layers: weights as the kernels want them, activations as the weights want them.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use super::arena::Arena;
@@ -7,7 +8,7 @@ use super::arena::Arena;
 use super::ggml::Dot;
 use super::kernels::{self, Kernels, Quants, Tile, group_of, groups, meta};
 use super::packed::{Packing, TILE, unpack_row};
-use super::shared::Shared;
+use super::shared::{Grid, Shared};
 use crate::checkpoint::TensorView;
 use crate::error::Result;
 use crate::tensor::dequantize_row;
@@ -243,45 +244,39 @@ impl Matrix {
         }
     }
 
-    /// Computes tiles of outputs for `n` rows of activations; `each` is given the row, the first output and up to 16 outputs.
+    /// Computes tiles of outputs, with `bias` added, for as many rows of activations as `to` has rows.
     ///
     /// # Safety
-    /// `x` was filled with all `n` rows for this matrix's needs, by the same kernels, and is not written meanwhile; the
-    /// kernels are this CPU's.
+    /// `x` was filled with all rows for this matrix's needs, by the same kernels, and is not written meanwhile; the kernels are
+    /// this CPU's. Nobody else touches the columns of these tiles in the rows of `to`.
     pub unsafe fn tiles(
         &self,
         kernels: &Kernels,
         x: &Activations,
-        n: usize,
-        tiles: std::ops::Range<usize>,
+        tiles: Range<usize>,
         scratch: &mut [f32],
-        mut each: impl FnMut(usize, usize, &mut [f32]),
+        bias: Option<&[f32]>,
+        to: &Outputs,
     ) {
         let n_in = self.n_in;
-        let mut out = [0.0f32; 12 * TILE];
         match &self.storage {
             Storage::Packed { packing, arena, offset } => {
                 let tile_bytes = packing.tile_bytes(n_in);
                 let bytes = arena.bytes()[*offset..].as_ptr();
                 for tile in tiles {
                     // SAFETY: the constructor checked that all tiles lie in the arena; the caller's for the rest.
-                    unsafe {
-                        let weights = bytes.add(tile * tile_bytes);
-                        run_tile(kernels, *packing, weights, n_in, x, n, &mut out, |row, out| {
-                            let first = tile * TILE;
-                            each(row, first, &mut out[..(self.n_out - first).min(TILE)]);
-                        });
-                    }
+                    unsafe { self.run_tile(kernels, *packing, bytes.add(tile * tile_bytes), x, tile, bias, to) }
                 }
             }
             Storage::Ggml { dot, rows } => {
                 let row_bytes = rows.data.len() / self.n_out;
                 let used = dot.activation_bytes(n_in);
+                let mut out = [0.0f32; 12 * TILE];
                 for tile in tiles {
                     let outputs = tile * TILE..((tile + 1) * TILE).min(self.n_out);
                     // Few rows at a time, so that a weight row is still in the cache for the next one.
-                    for first_row in (0..n).step_by(12) {
-                        let group = first_row..(first_row + 12).min(n);
+                    for first_row in (0..to.rows.len()).step_by(12) {
+                        let group = first_row..(first_row + 12).min(to.rows.len());
                         for (o, output) in outputs.clone().enumerate() {
                             let weights = &rows.data[output * row_bytes..][..row_bytes];
                             for row in group.clone() {
@@ -292,7 +287,9 @@ impl Matrix {
                             }
                         }
                         for row in group {
-                            each(row, outputs.start, &mut out[(row - first_row) * TILE..][..outputs.len()]);
+                            let out = &mut out[(row - first_row) * TILE..][..outputs.len()];
+                            // SAFETY: the caller's.
+                            unsafe { to.deliver(row, outputs.start, out, bias) };
                         }
                     }
                 }
@@ -302,53 +299,99 @@ impl Matrix {
                 let (columns, row_values) = scratch[..(TILE + 1) * n_in].split_at_mut(TILE * n_in);
                 for tile in tiles {
                     let outputs = tile * TILE..((tile + 1) * TILE).min(self.n_out);
-                    for (r, output) in outputs.clone().enumerate() {
+                    for (r, output) in outputs.enumerate() {
                         dequantize_row(rows.dtype, &rows.data[output * row_bytes..][..row_bytes], row_values);
                         for (column, value) in row_values.iter().enumerate() {
                             columns[column * TILE + r] = *value;
                         }
                     }
                     // SAFETY: an F32 tile of n_in columns; the caller's for the rest.
-                    unsafe {
-                        run_tile(kernels, Packing::F32, columns.as_ptr().cast(), n_in, x, n, &mut out, |row, out| {
-                            each(row, outputs.start, &mut out[..outputs.len()]);
-                        });
-                    }
+                    unsafe { self.run_tile(kernels, Packing::F32, columns.as_ptr().cast(), x, tile, bias, to) }
+                }
+            }
+        }
+    }
+
+    /// One tile times all groups of activations.
+    ///
+    /// # Safety
+    /// A tile of this packing lies at `weights`; the rest as for [`Matrix::tiles`].
+    #[allow(clippy::too_many_arguments)]
+    unsafe fn run_tile(
+        &self,
+        kernels: &Kernels,
+        packing: Packing,
+        weights: *const u8,
+        x: &Activations,
+        tile: usize,
+        bias: Option<&[f32]>,
+        to: &Outputs,
+    ) {
+        let n_in = self.n_in;
+        let column = tile * TILE;
+        let width = (self.n_out - column).min(TILE);
+        // Where a whole tile goes as it is, the kernel puts it there.
+        let is_direct = width == TILE && bias.is_none();
+        let mut out = [0.0f32; 12 * TILE];
+        let (at, stride) = if is_direct {
+            assert!(column + TILE <= to.grid.width());
+            (to.grid.as_ptr().wrapping_add(column), to.grid.stride())
+        } else {
+            (out.as_mut_ptr(), TILE)
+        };
+        for (first, n) in groups(to.rows.len(), kernels.largest_group(packing.is_float())) {
+            // SAFETY: the group's activations were written by `Activations::set` at these same offsets. `Outputs::new` has
+            // checked the rows; `out` has room for the largest group.
+            unsafe {
+                let (quants, meta) = if packing.is_float() {
+                    (x.floats.as_ptr().add(first * n_in).cast::<u8>(), std::ptr::null())
+                } else {
+                    let meta = x.meta.as_ptr().add(first * (n_in / 32) * meta::WORDS);
+                    (x.quants.as_ptr().add(first * n_in).cast::<u8>(), meta.cast_const())
+                };
+                let rows =
+                    if is_direct { &to.rows[first..first + n] } else { &[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11][..n] };
+                let kernel: kernels::TileFn = (kernels.tile)(packing, n);
+                let (rows, adds) = (rows.as_ptr(), to.adds && is_direct);
+                kernel(&Tile { weights, n_in, x: quants, meta, out: at, stride, rows, adds });
+            }
+            if !is_direct {
+                for row in 0..n {
+                    // SAFETY: the caller's.
+                    unsafe { to.deliver(first + row, column, &mut out[row * TILE..][..width], bias) };
                 }
             }
         }
     }
 }
 
-/// One tile times all groups of activations.
-///
-/// # Safety
-/// A tile of this packing lies at `weights`; the rest as for [`Matrix::tiles`].
-#[allow(clippy::too_many_arguments)]
-unsafe fn run_tile(
-    kernels: &Kernels,
-    packing: Packing,
-    weights: *const u8,
-    n_in: usize,
-    x: &Activations,
-    n: usize,
-    out: &mut [f32; 12 * TILE],
-    mut each: impl FnMut(usize, &mut [f32]),
-) {
-    for (first, rows) in groups(n, kernels.largest_group(packing.is_float())) {
-        // SAFETY: the group's activations were written by `Activations::set` at these same offsets.
-        unsafe {
-            let (quants, meta) = if packing.is_float() {
-                (x.floats.as_ptr().add(first * n_in).cast::<u8>(), std::ptr::null())
-            } else {
-                let meta = x.meta.as_ptr().add(first * (n_in / 32) * meta::WORDS);
-                (x.quants.as_ptr().add(first * n_in).cast::<u8>(), meta.cast_const())
-            };
-            let kernel: kernels::TileFn = (kernels.tile)(packing, rows);
-            kernel(&Tile { weights, n_in, x: quants, meta, out: out.as_mut_ptr() });
+/// Where a product goes: row `i` of it is put into row `rows[i]` of the grid, or added to that.
+pub struct Outputs<'a> {
+    grid: &'a Grid,
+    rows: &'a [u32],
+    adds: bool,
+}
+
+impl<'a> Outputs<'a> {
+    pub fn new(grid: &'a Grid, rows: &'a [u32], adds: bool) -> Outputs<'a> {
+        assert!(rows.iter().all(|&row| (row as usize) < grid.rows()));
+        Outputs { grid, rows, adds }
+    }
+
+    /// Puts or adds some columns of a row in.
+    ///
+    /// # Safety
+    /// Nobody else touches these columns.
+    unsafe fn deliver(&self, row: usize, first: usize, values: &mut [f32], bias: Option<&[f32]>) {
+        if let Some(bias) = bias {
+            values.iter_mut().zip(&bias[first..]).for_each(|(x, b)| *x += b);
         }
-        for row in 0..rows {
-            each(first + row, &mut out[row * TILE..][..TILE]);
+        // SAFETY: the caller's.
+        let to = unsafe { self.grid.part_mut(self.rows[row] as usize, first, values.len()) };
+        if self.adds {
+            to.iter_mut().zip(values).for_each(|(to, x)| *to += *x);
+        } else {
+            to.copy_from_slice(values);
         }
     }
 }

@@ -109,3 +109,90 @@ impl<T> Shared<T> {
         unsafe { std::slice::from_raw_parts_mut(cells.as_ptr().cast::<T>().cast_mut(), n) }
     }
 }
+
+/// Floats of a cache line.
+const LINE: usize = 16;
+
+/// Rows of f32 that threads divide among themselves, as they do a [`Shared`] array. From one row to the next it is an odd number
+/// of cache lines: a column of many rows, which is what a tile of weights makes, then lies in all sets of a cache and not in a few.
+pub struct Grid {
+    cells: Shared<f32>,
+    width: usize,
+    stride: usize,
+}
+
+impl Grid {
+    /// # Errors
+    /// `OutOfMemory`, naming `what`.
+    pub fn new(what: &'static str, rows: usize, width: usize) -> Result<Grid> {
+        let stride = (width.div_ceil(LINE) | 1) * LINE;
+        Ok(Grid { cells: Shared::new(what, rows, stride)?, width, stride })
+    }
+
+    pub fn bytes(&self) -> usize {
+        self.cells.bytes()
+    }
+
+    pub fn rows(&self) -> usize {
+        self.cells.len() / self.stride
+    }
+
+    pub fn width(&self) -> usize {
+        self.width
+    }
+
+    /// Floats from a row to the next.
+    pub fn stride(&self) -> usize {
+        self.stride
+    }
+
+    /// For kernels that write several rows; the rules are those of [`Grid::part_mut`].
+    pub fn as_ptr(&self) -> *mut f32 {
+        self.cells.as_ptr()
+    }
+
+    fn at(&self, row: usize, first: usize, n: usize) -> usize {
+        assert!(first + n <= self.width, "columns {first}.. {n} of {}", self.width);
+        row * self.stride + first
+    }
+
+    /// # Safety
+    /// Nobody writes to this row while the slice lives.
+    pub unsafe fn row(&self, row: usize) -> &[f32] {
+        // SAFETY: the caller's.
+        unsafe { self.part(row, 0, self.width) }
+    }
+
+    /// # Safety
+    /// Nobody else reads or writes this row while the slice lives.
+    #[allow(clippy::mut_from_ref)]
+    pub unsafe fn row_mut(&self, row: usize) -> &mut [f32] {
+        // SAFETY: the caller's.
+        unsafe { self.part_mut(row, 0, self.width) }
+    }
+
+    /// `n` columns of a row.
+    ///
+    /// # Safety
+    /// Nobody writes to these elements while the slice lives.
+    pub unsafe fn part(&self, row: usize, first: usize, n: usize) -> &[f32] {
+        // SAFETY: the caller's.
+        unsafe { self.cells.slice(self.at(row, first, n), n) }
+    }
+
+    /// `n` columns of a row.
+    ///
+    /// # Safety
+    /// Nobody else reads or writes these elements while the slice lives.
+    #[allow(clippy::mut_from_ref)]
+    pub unsafe fn part_mut(&self, row: usize, first: usize, n: usize) -> &mut [f32] {
+        // SAFETY: the caller's.
+        unsafe { self.cells.slice_mut(self.at(row, first, n), n) }
+    }
+
+    /// For a single thread that holds the whole.
+    pub fn copy_row(&mut self, src: usize, dst: usize) {
+        let (from, to) = (self.at(src, 0, self.width), self.at(dst, 0, self.width));
+        self.cells.as_mut().copy_within(from..from + self.width, to);
+    }
+}

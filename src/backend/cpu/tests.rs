@@ -5,9 +5,10 @@ use std::sync::Arc;
 use super::arena::Arena;
 use super::attention::{self, Attend, Source, padded};
 use super::kernels::{Kernels, Variant, groups};
-use super::matrix::{Activations, Choice, Matrix, Needs};
+use super::matrix::{Activations, Choice, Matrix, Needs, Outputs};
 use super::pack_matrix;
 use super::packed::{Packing, TILE};
+use super::shared::Grid;
 use super::simd::Simd;
 use super::simd::plain::Plain;
 use super::store::{Granules, Parts, Rows};
@@ -39,18 +40,32 @@ fn multiply(kernels: &Kernels, matrix: &Matrix, x: &[Vec<f32>]) -> Vec<Vec<f32>>
     let n = x.len();
     let needs = Needs::of(&[matrix]);
     let activations = Activations::new(n, matrix.n_in, &needs).unwrap();
-    let mut out = vec![vec![f32::NAN; matrix.n_out]; n];
+    // Rows go where they are sent, put in or added.
+    let outputs = Grid::new("a test", n + 1, matrix.n_out).unwrap();
+    let rows: Vec<u32> = (1..=n as u32).rev().collect();
     // SAFETY: these kernels are this CPU's; one thread.
     unsafe {
         for (row, x) in x.iter().enumerate() {
             activations.set(kernels, &needs, row, n, x);
         }
         let mut scratch = vec![0.0; matrix.scratch()];
-        matrix.tiles(kernels, &activations, n, 0..matrix.n_tiles(), &mut scratch, |row, first, y| {
-            out[row][first..first + y.len()].copy_from_slice(y);
-        });
+        let mut run = |adds, bias| {
+            let to = Outputs::new(&outputs, &rows, adds);
+            matrix.tiles(kernels, &activations, 0..matrix.n_tiles(), &mut scratch, bias, &to);
+            rows.iter().map(|&row| outputs.row(row as usize).to_vec()).collect::<Vec<_>>()
+        };
+        let put = run(false, None);
+        let twice = run(true, None);
+        let bias: Vec<f32> = (0..matrix.n_out).map(|i| i as f32).collect();
+        let biased = run(false, Some(&bias));
+        for (row, put) in put.iter().enumerate() {
+            for (i, y) in put.iter().enumerate() {
+                assert_eq!((twice[row][i], biased[row][i]), (y + y, y + i as f32), "row {row}, output {i}");
+            }
+        }
+        assert!(outputs.row(0).iter().all(|&y| y == 0.0), "nobody's row was written");
+        put
     }
-    out
 }
 
 /// The int8 activations that integer kernels are specified to use: blocks of 32, scale = largest / 127.

@@ -147,10 +147,6 @@ macro_rules! avx2 {
                 _mm256_cvtps_epi32(x)
             }
             #[inline(always)]
-            unsafe fn add_i(a: __m256i, b: __m256i) -> __m256i {
-                _mm256_add_epi32(a, b)
-            }
-            #[inline(always)]
             unsafe fn reduce_add_i(x: __m256i) -> i32 {
                 let x = _mm_add_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256::<1>(x));
                 let x = _mm_add_epi32(x, _mm_shuffle_epi32::<0b01_00_11_10>(x));
@@ -162,11 +158,26 @@ macro_rules! avx2 {
                 _mm_storel_epi64(p.cast(), _mm_packs_epi16(x, x));
             }
             #[inline(always)]
+            unsafe fn sum_i8(p: *const i8) -> i32 {
+                sum_i8(p)
+            }
+            #[inline(always)]
             unsafe fn prefetch_l2(p: *const u8) {
                 _mm_prefetch::<_MM_HINT_T1>(p.cast());
             }
         }
     };
+}
+
+/// [`Simd::sum_i8`]: the differences of bytes from 0 are what this instruction adds up.
+///
+/// # Safety
+/// 16 bytes lie behind `p`.
+#[inline(always)]
+pub(super) unsafe fn sum_i8(p: *const i8) -> i32 {
+    let biased = _mm_xor_si128(_mm_loadu_si128(p.cast()), _mm_set1_epi8(-128));
+    let halves = _mm_sad_epu8(biased, _mm_setzero_si128());
+    _mm_cvtsi128_si32(_mm_add_epi32(halves, _mm_unpackhi_epi64(halves, halves))) - 16 * 128
 }
 
 avx2! {

@@ -150,16 +150,16 @@ impl Simd for Avx512Vnni {
         _mm512_cvtps_epi32(x)
     }
     #[inline(always)]
-    unsafe fn add_i(a: __m512i, b: __m512i) -> __m512i {
-        _mm512_add_epi32(a, b)
-    }
-    #[inline(always)]
     unsafe fn reduce_add_i(x: __m512i) -> i32 {
         _mm512_reduce_add_epi32(x)
     }
     #[inline(always)]
     unsafe fn store_i8(p: *mut i8, x: __m512i) {
         _mm_storeu_si128(p.cast(), _mm512_cvtepi32_epi8(x));
+    }
+    #[inline(always)]
+    unsafe fn sum_i8(p: *const i8) -> i32 {
+        super::avx2::sum_i8(p)
     }
     #[inline(always)]
     unsafe fn prefetch_l2(p: *const u8) {

@@ -88,10 +88,11 @@ pub trait Simd: Tiled {
 
     /// Nearest integer.
     unsafe fn to_i(x: Self::F) -> Self::I;
-    unsafe fn add_i(a: Self::I, b: Self::I) -> Self::I;
     unsafe fn reduce_add_i(x: Self::I) -> i32;
     /// Stores elements of -128..=127 as bytes.
     unsafe fn store_i8(p: *mut i8, x: Self::I);
+    /// The sum of 16 bytes.
+    unsafe fn sum_i8(p: *const i8) -> i32;
     /// Into the L2 cache, where [`Tiled::prefetch`] draws a line into the first: for what is not needed soon.
     unsafe fn prefetch_l2(p: *const u8);
 

@@ -163,10 +163,6 @@ impl Simd for NeonDot {
         vcvtnq_s32_f32(x)
     }
     #[inline(always)]
-    unsafe fn add_i(a: int32x4_t, b: int32x4_t) -> int32x4_t {
-        vaddq_s32(a, b)
-    }
-    #[inline(always)]
     unsafe fn reduce_add_i(x: int32x4_t) -> i32 {
         vaddvq_s32(x)
     }
@@ -175,6 +171,10 @@ impl Simd for NeonDot {
         let x = vqmovn_s32(x);
         let x = vqmovn_s16(vcombine_s16(x, x));
         p.cast::<u32>().write_unaligned(vget_lane_u32::<0>(vreinterpret_u32_s8(x)));
+    }
+    #[inline(always)]
+    unsafe fn sum_i8(p: *const i8) -> i32 {
+        i32::from(vaddlvq_s8(vld1q_s8(p)))
     }
     #[inline(always)]
     unsafe fn prefetch_l2(p: *const u8) {

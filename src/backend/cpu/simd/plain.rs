@@ -177,16 +177,16 @@ impl Simd for Plain {
         each(x, |x| x.round_ties_even() as i32)
     }
     #[inline(always)]
-    unsafe fn add_i(a: [i32; N], b: [i32; N]) -> [i32; N] {
-        pairs(a, b, i32::wrapping_add)
-    }
-    #[inline(always)]
     unsafe fn reduce_add_i(x: [i32; N]) -> i32 {
         x.into_iter().fold(0, i32::wrapping_add)
     }
     #[inline(always)]
     unsafe fn store_i8(p: *mut i8, x: [i32; N]) {
         p.cast::<[i8; N]>().write_unaligned(each(x, |&x| x as i8));
+    }
+    #[inline(always)]
+    unsafe fn sum_i8(p: *const i8) -> i32 {
+        p.cast::<[i8; 16]>().read().map(i32::from).iter().sum()
     }
     #[inline(always)]
     unsafe fn prefetch_l2(_p: *const u8) {}
