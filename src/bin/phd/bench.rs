@@ -113,10 +113,13 @@ impl Bench {
                 c.step_ms.clear();
             }
             let mut bandwidths = Vec::new();
-            for _ in 0..self.steps.div_ceil(TURN) {
+            for turn in 0..self.steps.div_ceil(TURN) {
                 // In turn with the steps: others on the machine change it from one moment to the next.
                 bandwidths.push(model.bandwidth(threads)?);
-                for c in &mut all {
+                // Each is first at times: who comes after so much reading is slower.
+                let begin_with = turn % all.len();
+                let (last, first) = all.split_at_mut(begin_with);
+                for c in first.iter_mut().chain(last) {
                     pause();
                     let len = c.session.len(0)?;
                     c.session.step(0, tokens[len])?;
