@@ -113,10 +113,13 @@ impl<T> Shared<T> {
 /// Floats of a cache line.
 const LINE: usize = 16;
 
-/// Rows of f32 that threads divide among themselves, as they do a [`Shared`] array. From one row to the next it is an odd number
-/// of cache lines: a column of many rows, which is what a tile of weights makes, then lies in all sets of a cache and not in a few.
+/// Rows of f32 that threads divide among themselves, as they do a [`Shared`] array. Rows begin with a cache line, so that no tile's
+/// outputs straddle two, and an odd number of lines apart: a column of many rows, which is what a tile makes, then lies in all sets
+/// of a cache and not in a few.
 pub struct Grid {
     cells: Shared<f32>,
+    /// The first element of the first row.
+    start: usize,
     width: usize,
     stride: usize,
 }
@@ -126,7 +129,11 @@ impl Grid {
     /// `OutOfMemory`, naming `what`.
     pub fn new(what: &'static str, rows: usize, width: usize) -> Result<Grid> {
         let stride = (width.div_ceil(LINE) | 1) * LINE;
-        Ok(Grid { cells: Shared::new(what, rows, stride)?, width, stride })
+        let n = rows.checked_mul(stride).and_then(|n| n.checked_add(LINE));
+        let cells: Shared<f32> = Shared::new(what, n.unwrap_or(usize::MAX), 1)?;
+        // Where the compiler cannot tell, any place is right.
+        let start = cells.as_ptr().align_offset(LINE * size_of::<f32>()).min(LINE);
+        Ok(Grid { cells, start, width, stride })
     }
 
     pub fn bytes(&self) -> usize {
@@ -134,7 +141,7 @@ impl Grid {
     }
 
     pub fn rows(&self) -> usize {
-        self.cells.len() / self.stride
+        (self.cells.len() - LINE) / self.stride
     }
 
     pub fn width(&self) -> usize {
@@ -148,12 +155,12 @@ impl Grid {
 
     /// For kernels that write several rows; the rules are those of [`Grid::part_mut`].
     pub fn as_ptr(&self) -> *mut f32 {
-        self.cells.as_ptr()
+        self.cells.as_ptr().wrapping_add(self.start)
     }
 
     fn at(&self, row: usize, first: usize, n: usize) -> usize {
-        assert!(first + n <= self.width, "columns {first}.. {n} of {}", self.width);
-        row * self.stride + first
+        assert!(first + n <= self.width, "{n} columns from {first} on of {}", self.width);
+        self.start + row * self.stride + first
     }
 
     /// # Safety
@@ -194,5 +201,32 @@ impl Grid {
     pub fn copy_row(&mut self, src: usize, dst: usize) {
         let (from, to) = (self.at(src, 0, self.width), self.at(dst, 0, self.width));
         self.cells.as_mut().copy_within(from..from + self.width, to);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_are_apart_and_on_lines_of_their_own() {
+        for (rows, width) in [(0, 5), (1, 1), (3, 16), (4, 17), (5, 64), (2, 1536)] {
+            let mut grid = Grid::new("a test", rows, width).unwrap();
+            assert_eq!((grid.rows(), grid.width(), grid.stride() / LINE % 2), (rows, width, 1));
+            for row in 0..rows {
+                // SAFETY: this is the only access.
+                let cells = unsafe { grid.row_mut(row) };
+                assert_eq!((cells.len(), cells.as_ptr().addr() % 64), (width, 0));
+                assert!(cells.iter().all(|&x| x == 0.0), "row {row} has another's elements");
+                cells.fill(1.0 + row as f32);
+            }
+            if rows > 1 {
+                grid.copy_row(rows - 1, 0);
+                // SAFETY: nobody writes.
+                assert!(unsafe { grid.row(0) }.iter().all(|&x| x == rows as f32));
+                assert!(unsafe { grid.part(rows - 1, width - 1, 1) } == [rows as f32]);
+            }
+        }
+        assert!(matches!(Grid::new("logits", usize::MAX / 8, 3), Err(Error::OutOfMemory { what: "logits", .. })));
     }
 }
