@@ -190,8 +190,7 @@ impl Context for CpuContext {
     }
 
     fn put_logits(&mut self, row: usize, logits: &[f32]) {
-        // SAFETY: this is the only access.
-        unsafe { self.step.logits.row_mut(row) }.copy_from_slice(logits);
+        self.step.logits.row_alone(row).copy_from_slice(logits);
     }
 
     fn embedding(&self, row: usize) -> &[f32] {
@@ -437,6 +436,11 @@ impl<'a> Phases<'a> {
         self.w.pieces(n_tiles, n_tiles.div_ceil(pieces) * grain).take_while(move |_| !self.is_stopping())
     }
 
+    /// A product's `n` rows go into the first of the grid.
+    fn in_order(self, grid: &'a Grid, n: usize) -> Outputs<'a> {
+        Outputs::new(grid, &self.s.numbers[..n], false)
+    }
+
     /// Some tiles of one projection.
     fn multiply_tiles(self, convert: &mut [f32], x: &Activations, p: &Projection, tiles: Range<usize>, to: &Outputs) {
         // SAFETY: `inputs` has put in all rows for the needs of this projection; kernels are this CPU's. Phases: the columns
@@ -451,7 +455,7 @@ impl<'a> Phases<'a> {
         let x = self.inputs(own, &layer.qkv_needs, n, |own, i| {
             self.normed(own, enter[i] as usize, &layer.attention_norm, NormPlacement::Before)
         })?;
-        let to = |grid| Outputs::new(grid, &s.numbers[..n], false);
+        let to = |grid| self.in_order(grid, n);
         self.multiply(&mut own.convert, x, &[(&layer.q, to(&s.q)), (&layer.k, to(&s.k)), (&layer.v, to(&s.v))]);
         Some(())
     }
@@ -726,8 +730,7 @@ impl<'a> Phases<'a> {
         let x = self.inputs(own, &layer.gate_up_needs, n, |own, i| {
             self.normed(own, self.kept(rows, i), &layer.ffn_norm, NormPlacement::Before)
         })?;
-        let to = |grid| Outputs::new(grid, &s.numbers[..n], false);
-        let (gate, up) = (to(&s.gate), to(&s.up));
+        let (gate, up) = (self.in_order(&s.gate, n), self.in_order(&s.up, n));
         for tiles in self.pieces(layer.gate.matrix.n_tiles(), 2) {
             self.multiply_tiles(&mut own.convert, x, &layer.gate, tiles.clone(), &gate);
             self.multiply_tiles(&mut own.convert, x, &layer.up, tiles.clone(), &up);
@@ -771,11 +774,11 @@ impl<'a> Phases<'a> {
         let (s, h) = (self.s, self.h);
         let n = rows.keep.len();
         let norms_after = h.norms == NormPlacement::After;
-        own.rows.clear();
-        own.rows.extend((0..n).map(|i| self.kept(rows, i) as u32));
         let to = if norms_after {
-            Outputs::new(&s.out, &s.numbers[..n], false)
+            self.in_order(&s.out, n)
         } else {
+            own.rows.clear();
+            own.rows.extend((0..n).map(|i| self.kept(rows, i) as u32));
             Outputs::new(&s.x, &own.rows, true)
         };
         self.multiply(&mut own.convert, x, &[(projection, to)]);

@@ -56,6 +56,9 @@ enum Storage {
     },
 }
 
+/// Rows of the largest group of any instruction set.
+const MOST_ROWS: usize = 12;
+
 /// A weight matrix `[n_out, n_in]`.
 pub struct Matrix {
     storage: Storage,
@@ -259,24 +262,26 @@ impl Matrix {
         to: &Outputs,
     ) {
         let n_in = self.n_in;
+        let mut out = [0.0f32; MOST_ROWS * TILE];
         match &self.storage {
             Storage::Packed { packing, arena, offset } => {
                 let tile_bytes = packing.tile_bytes(n_in);
                 let bytes = arena.bytes()[*offset..].as_ptr();
                 for tile in tiles {
                     // SAFETY: the constructor checked that all tiles lie in the arena; the caller's for the rest.
-                    unsafe { self.run_tile(kernels, *packing, bytes.add(tile * tile_bytes), x, tile, bias, to) }
+                    unsafe {
+                        self.run_tile(kernels, *packing, bytes.add(tile * tile_bytes), x, tile, &mut out, bias, to)
+                    }
                 }
             }
             Storage::Ggml { dot, rows } => {
                 let row_bytes = rows.data.len() / self.n_out;
                 let used = dot.activation_bytes(n_in);
-                let mut out = [0.0f32; 12 * TILE];
                 for tile in tiles {
                     let outputs = tile * TILE..((tile + 1) * TILE).min(self.n_out);
                     // Few rows at a time, so that a weight row is still in the cache for the next one.
-                    for first_row in (0..to.rows.len()).step_by(12) {
-                        let group = first_row..(first_row + 12).min(to.rows.len());
+                    for first_row in (0..to.rows.len()).step_by(MOST_ROWS) {
+                        let group = first_row..(first_row + MOST_ROWS).min(to.rows.len());
                         for (o, output) in outputs.clone().enumerate() {
                             let weights = &rows.data[output * row_bytes..][..row_bytes];
                             for row in group.clone() {
@@ -306,13 +311,15 @@ impl Matrix {
                         }
                     }
                     // SAFETY: an F32 tile of n_in columns; the caller's for the rest.
-                    unsafe { self.run_tile(kernels, Packing::F32, columns.as_ptr().cast(), x, tile, bias, to) }
+                    unsafe {
+                        self.run_tile(kernels, Packing::F32, columns.as_ptr().cast(), x, tile, &mut out, bias, to)
+                    }
                 }
             }
         }
     }
 
-    /// One tile times all groups of activations.
+    /// One tile times all groups of activations. `out` is for what cannot go where it belongs as it is.
     ///
     /// # Safety
     /// A tile of this packing lies at `weights`; the rest as for [`Matrix::tiles`].
@@ -324,15 +331,16 @@ impl Matrix {
         weights: *const u8,
         x: &Activations,
         tile: usize,
+        out: &mut [f32; MOST_ROWS * TILE],
         bias: Option<&[f32]>,
         to: &Outputs,
     ) {
+        const NUMBERS: [u32; MOST_ROWS] = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11];
         let n_in = self.n_in;
         let column = tile * TILE;
         let width = (self.n_out - column).min(TILE);
         // Where a whole tile goes as it is, the kernel puts it there.
         let is_direct = width == TILE && bias.is_none();
-        let mut out = [0.0f32; 12 * TILE];
         let (at, stride) = if is_direct {
             assert!(column + TILE <= to.grid.width());
             (to.grid.as_ptr().wrapping_add(column), to.grid.stride())
@@ -349,8 +357,7 @@ impl Matrix {
                     let meta = x.meta.as_ptr().add(first * (n_in / 32) * meta::WORDS);
                     (x.quants.as_ptr().add(first * n_in).cast::<u8>(), meta.cast_const())
                 };
-                let rows =
-                    if is_direct { &to.rows[first..first + n] } else { &[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11][..n] };
+                let rows = if is_direct { &to.rows[first..first + n] } else { &NUMBERS[..n] };
                 let kernel: kernels::TileFn = (kernels.tile)(packing, n);
                 let (rows, adds) = (rows.as_ptr(), to.adds && is_direct);
                 kernel(&Tile { weights, n_in, x: quants, meta, out: at, stride, rows, adds });

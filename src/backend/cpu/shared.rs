@@ -4,7 +4,7 @@ use std::cell::UnsafeCell;
 use std::ptr::NonNull;
 use std::sync::Arc;
 
-use super::arena::Arena;
+use super::arena::{self, Arena};
 use crate::error::{Error, Result};
 
 /// A fixed array that several threads write at once, each its own part: phases end at a barrier, and within a phase no
@@ -111,7 +111,7 @@ impl<T> Shared<T> {
 }
 
 /// Floats of a cache line.
-const LINE: usize = 16;
+const LINE: usize = arena::LINE / size_of::<f32>();
 
 /// Rows of f32 that threads divide among themselves, as they do a [`Shared`] array. Rows begin with a cache line, so that no tile's
 /// outputs straddle two, and an odd number of lines apart: a column of many rows, which is what a tile makes, then lies in all sets
@@ -129,10 +129,9 @@ impl Grid {
     /// `OutOfMemory`, naming `what`.
     pub fn new(what: &'static str, rows: usize, width: usize) -> Result<Grid> {
         let stride = (width.div_ceil(LINE) | 1) * LINE;
-        let n = rows.checked_mul(stride).and_then(|n| n.checked_add(LINE));
-        let cells: Shared<f32> = Shared::new(what, n.unwrap_or(usize::MAX), 1)?;
+        let cells: Shared<f32> = Shared::new(what, rows.saturating_mul(stride).saturating_add(LINE), 1)?;
         // Where the compiler cannot tell, any place is right.
-        let start = cells.as_ptr().align_offset(LINE * size_of::<f32>()).min(LINE);
+        let start = cells.as_ptr().align_offset(arena::LINE).min(LINE);
         Ok(Grid { cells, start, width, stride })
     }
 
@@ -197,6 +196,12 @@ impl Grid {
         unsafe { self.cells.slice_mut(self.at(row, first, n), n) }
     }
 
+    /// A row, for a single thread that holds the whole.
+    pub fn row_alone(&mut self, row: usize) -> &mut [f32] {
+        let at = self.at(row, 0, self.width);
+        &mut self.cells.as_mut()[at..at + self.width]
+    }
+
     /// For a single thread that holds the whole.
     pub fn copy_row(&mut self, src: usize, dst: usize) {
         let (from, to) = (self.at(src, 0, self.width), self.at(dst, 0, self.width));
@@ -214,9 +219,8 @@ mod tests {
             let mut grid = Grid::new("a test", rows, width).unwrap();
             assert_eq!((grid.rows(), grid.width(), grid.stride() / LINE % 2), (rows, width, 1));
             for row in 0..rows {
-                // SAFETY: this is the only access.
-                let cells = unsafe { grid.row_mut(row) };
-                assert_eq!((cells.len(), cells.as_ptr().addr() % 64), (width, 0));
+                let cells = grid.row_alone(row);
+                assert_eq!((cells.len(), cells.as_ptr().addr() % arena::LINE), (width, 0));
                 assert!(cells.iter().all(|&x| x == 0.0), "row {row} has another's elements");
                 cells.fill(1.0 + row as f32);
             }
