@@ -361,7 +361,15 @@ fn a_saved_sequence_goes_on_anywhere() {
                     s.prefill(0, &g.tokens[5..15]).unwrap();
                     s.restore(0, &blob).unwrap();
                     assert_eq!((s.logits(0).unwrap(), text(&s, 0)), (&logits[..], g.tokens[..cut].to_vec()));
-                    assert_eq!(save(&s, 0), blob, "{}: saved again", g.name);
+                    // The CPU keeps f16 as integers, which the smallest elements of a head are rounded to: once.
+                    let again = save(&s, 0);
+                    if cache_type == CacheType::F16 && !std::sync::Arc::ptr_eq(from, to) {
+                        let mut third = Session::new(to.clone(), &options).unwrap();
+                        third.restore(0, &again).unwrap();
+                        assert_eq!(save(&third, 0), again, "{}: saved a third time", g.name);
+                    } else {
+                        assert_eq!(again, blob, "{}: saved again", g.name);
+                    }
                     for (i, expected) in expected.iter().enumerate() {
                         s.step(0, g.tokens[cut + i]).unwrap();
                         let d = difference(s.logits(0).unwrap(), expected);

@@ -6,14 +6,15 @@
 //! result depends neither on the number of threads nor on the rows beside it, to the bit.
 
 use super::arena::LINE;
+use super::fixed::{self, Fixed};
 use super::simd::Simd;
 use super::store::{Element, GRANULE, Granules, Rows};
 
 /// Keys or values taken at a time.
-const CHUNK: usize = 64;
+pub const CHUNK: usize = 64;
 
 /// Keys to a step of the softmax.
-const RUN: usize = 256;
+pub const RUN: usize = 256;
 
 /// Most splits of a row's stored keys.
 pub const MAX_SPLITS: usize = 32;
@@ -33,6 +34,8 @@ pub fn padded(head_dim: usize) -> usize {
 pub enum Source<'a> {
     /// The stored rows of a sequence, `rows_per_block` to a cache block.
     Stored { k: &'a Granules, v: &'a Rows, blocks: &'a [u32], rows_per_block: usize },
+    /// The same, as integers.
+    Fixed { cache: &'a Fixed, blocks: &'a [u32], rows_per_block: usize },
     /// Hidden tokens by number: those from `first_fresh` on are the pass's own, from row `fresh_base` on; earlier ones are in the
     /// sequence's ring, which begins at row `ring_base`.
     Hidden {
@@ -53,6 +56,7 @@ pub struct Scratch {
     scores: Vec<f32>,    // (query, RUN)
     row: Vec<f32>,       // (head_dim)
     gathered: Vec<u8>,   // 16 keys from narrow granules
+    integers: fixed::Integers,
 }
 
 impl Scratch {
@@ -62,11 +66,13 @@ impl Scratch {
             scores: vec![0.0; queries * RUN],
             row: vec![0.0; head_dim],
             gathered: vec![0; gathered_bytes],
+            integers: fixed::Integers::new(queries, head_dim),
         }
     }
 
     pub fn bytes(&self) -> usize {
-        4 * (self.converted.len() + self.scores.len() + self.row.len()) + self.gathered.len()
+        let floats = self.converted.len() + self.scores.len() + self.row.len();
+        4 * floats + self.gathered.len() + self.integers.bytes()
     }
 }
 
@@ -98,6 +104,9 @@ impl Attend<'_> {
             Source::Stored { k, blocks, rows_per_block, .. } if key < self.to => {
                 Some(k.place(cache_row(blocks, rows_per_block, key), self.head * self.head_dim))
             }
+            Source::Fixed { cache, blocks, rows_per_block } if key < self.to => {
+                Some(cache.address(false, cache_row(blocks, rows_per_block, key), self.head))
+            }
             _ => None,
         }
     }
@@ -107,6 +116,9 @@ impl Attend<'_> {
         match self.source {
             Source::Stored { v, blocks, rows_per_block, .. } if key < self.to => {
                 Some(v.place(cache_row(blocks, rows_per_block, key), self.head * self.head_dim))
+            }
+            Source::Fixed { cache, blocks, rows_per_block } if key < self.to => {
+                Some(cache.address(true, cache_row(blocks, rows_per_block, key), self.head))
             }
             _ => None,
         }
@@ -124,6 +136,9 @@ pub unsafe fn attend<S: Simd>(a: &mut Attend) {
     a.max.fill(f32::NEG_INFINITY);
     a.sum.fill(0.0);
     a.acc.fill(0.0);
+    if matches!(a.source, Source::Fixed { .. }) {
+        a.scratch.integers.take(a.queries, n);
+    }
     let seen = a.sight.iter().filter(|s| s.0 < s.1);
     let (low, high) = seen.fold((usize::MAX, 0), |(l, h), s| (l.min(s.0 as usize), h.max(s.1 as usize)));
     // Runs begin at multiples of 256 and vectors at multiples of 16, whatever is seen of them.
@@ -135,8 +150,14 @@ pub unsafe fn attend<S: Simd>(a: &mut Attend) {
             let scores = a.scratch.scores.as_mut_ptr();
             for at in (from..end).step_by(CHUNK) {
                 let count = (end - at).min(CHUNK);
-                let right = keys::<S>(a, at, count);
                 let next = if at + count < end { a.key_place(at + count) } else { a.value_place(from) };
+                if let Source::Fixed { cache, blocks, rows_per_block } = a.source {
+                    let row = |i| cache_row(blocks, rows_per_block, at + i);
+                    let to = scores.add(at - from);
+                    fixed::scores::<S>(cache, a.head, (n, count), row, &mut a.scratch.integers, to, next);
+                    continue;
+                }
+                let right = keys::<S>(a, at, count);
                 let shape = (n, count.next_multiple_of(GRANULE), dim);
                 right.product::<S, 1>(shape, (a.queries.as_ptr(), n), (scores.add(at - from), RUN), false, next);
             }
@@ -156,8 +177,14 @@ pub unsafe fn attend<S: Simd>(a: &mut Attend) {
             }
             for at in (from..end).step_by(CHUNK) {
                 let count = (end - at).min(CHUNK);
-                let right = values::<S>(a, at, count);
                 let next = if at + count < end { a.value_place(at + count) } else { a.key_place(end) };
+                if let Source::Fixed { cache, blocks, rows_per_block } = a.source {
+                    let row = |i| cache_row(blocks, rows_per_block, at + i);
+                    let (weights, acc, integers) = (scores.add(at - from), a.acc.as_mut_ptr(), &mut a.scratch.integers);
+                    fixed::add_values::<S>(cache, a.head, (n, count), row, integers, weights, acc, next);
+                    continue;
+                }
+                let right = values::<S>(a, at, count);
                 let (shape, weights) = ((n, width, count), (scores.add(at - from).cast_const(), 1));
                 right.product::<S, RUN>(shape, weights, (a.acc.as_mut_ptr(), width), true, next);
             }
@@ -227,7 +254,7 @@ unsafe fn keys<S: Simd>(a: &mut Attend, from: usize, count: usize) -> Right {
                     k.read::<S>(row, (count - i).min(GRANULE), first, dim, keys.add(i), CHUNK, gathered);
                 }
             }
-            Source::Hidden { .. } => {
+            _ => {
                 for i in 0..count {
                     if let Some(((k, _), row)) = a.source.hidden_row(from + i) {
                         k.read::<S>(row, first, temporary);
@@ -281,7 +308,7 @@ unsafe fn values<S: Simd>(a: &mut Attend, from: usize, count: usize) -> Right {
                     }
                 }
             }
-            Source::Hidden { .. } => {
+            _ => {
                 for i in 0..count {
                     let to = &mut values[i * width..i * width + dim];
                     match a.source.hidden_row(from + i) {

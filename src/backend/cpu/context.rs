@@ -10,7 +10,7 @@ use super::matrix::{Activations, Needs, Outputs, embedding_row};
 use super::packed::TILE;
 use super::pool::{Pool, Worker, cpus};
 use super::shared::{Grid, Shared};
-use super::store::{Granules, Parts, Rows};
+use super::store::{Cache, Granules, Parts, Rows};
 use super::{Cpu, CpuLayer, Embedding, Projection};
 use crate::backend::{Context, ContextMemory, ContextOptions};
 use crate::cache::BlockCopy;
@@ -74,22 +74,22 @@ impl QueryTile {
 struct Step {
     model: Arc<Cpu>,
     options: ContextOptions,
-    cache: Vec<(Granules, Rows)>, // (layer): keys, values of (cache row, kv_dim)
-    rings: Vec<(Rows, Rows)>,     // (layer): (sequence, hidden number % ring_capacity), kv_dim
-    fresh: (Rows, Rows),          // (hidden row of the pass, kv_dim)
-    logits: Grid,                 // (logits row, n_vocab)
-    embeddings: Grid,             // (embedding, n_embd)
-    x: Grid,                      // (row of the plan, n_embd): the residual stream
-    rope: Grid,                   // (row of the plan, head_dim): cosines, then sines
-    q: Grid,                      // (entering row, q_dim)
-    k: Grid,                      // (entering row, kv_dim)
-    v: Grid,                      // (entering row, kv_dim)
-    attention: Grid,              // (row that goes on, q_dim)
-    partials: Shared<f32>,        // (row that goes on, head, split or hidden, padded + 2)
-    gate: Grid,                   // (row that goes on, n_ff)
-    up: Grid,                     // (row that goes on, n_ff)
-    out: Grid,                    // (row that goes on, n_embd)
-    numbers: Vec<u32>,            // 0, 1, 2...: the rows of a product in their own order
+    cache: Vec<Cache>,        // (layer): keys, values of (cache row, kv_dim)
+    rings: Vec<(Rows, Rows)>, // (layer): (sequence, hidden number % ring_capacity), kv_dim
+    fresh: (Rows, Rows),      // (hidden row of the pass, kv_dim)
+    logits: Grid,             // (logits row, n_vocab)
+    embeddings: Grid,         // (embedding, n_embd)
+    x: Grid,                  // (row of the plan, n_embd): the residual stream
+    rope: Grid,               // (row of the plan, head_dim): cosines, then sines
+    q: Grid,                  // (entering row, q_dim)
+    k: Grid,                  // (entering row, kv_dim)
+    v: Grid,                  // (entering row, kv_dim)
+    attention: Grid,          // (row that goes on, q_dim)
+    partials: Shared<f32>,    // (row that goes on, head, split or hidden, padded + 2)
+    gate: Grid,               // (row that goes on, n_ff)
+    up: Grid,                 // (row that goes on, n_ff)
+    out: Grid,                // (row that goes on, n_embd)
+    numbers: Vec<u32>,        // 0, 1, 2...: the rows of a product in their own order
     activations: Activations,
     gated: Activations, // (row that goes on, n_ff): the down projection's
     own: Shared<Own>,
@@ -104,10 +104,9 @@ impl CpuContext {
         let n_threads = options.n_threads.clamp(1, cpus());
         let kind = options.cache_type;
         let parts = |rows: usize| Parts::new(kind, rows, h.kv_dim(), h.head_dim);
-        let (stored, ring, fresh) = (parts(layout.cache_rows()), parts(layout.ring_rows()), parts(rows));
+        let (ring, fresh) = (parts(layout.ring_rows()), parts(rows));
         let natural = |parts: Parts| move |(k, v)| (Rows::new(parts, k), Rows::new(parts, v));
-        let rows_per_block = layout.block * layout.stored_copies;
-        let cached = |(k, v)| (Granules::new(stored, rows_per_block, k), Rows::new(stored, v));
+        let cached = (layout.cache_rows(), layout.block * layout.stored_copies);
         let scratch = |rows: usize, width: usize| Grid::new("scratch", rows, width);
         let group = h.n_heads / h.n_kv_heads;
         let queries = tile_rows(group) * group;
@@ -133,7 +132,7 @@ impl CpuContext {
             .collect::<Result<_>>()?;
         let own: Vec<Own> = (0..n_threads).map(|_| own()).collect();
         let step = Step {
-            cache: stored.pairs(h.n_layers)?.map(cached).collect(),
+            cache: Cache::layers(h.n_layers, kind, cached, (h.n_kv_heads, h.head_dim))?,
             rings: ring.pairs(h.n_layers)?.map(natural(ring)).collect(),
             fresh: fresh.pairs(1)?.map(natural(fresh)).next().expect("one was asked for"),
             logits: Grid::new("the logits", options.n_logits, h.n_vocab)?,
@@ -199,26 +198,23 @@ impl Context for CpuContext {
     }
 
     fn read_rows(&self, layer: usize, first: usize, rows: &mut [u8]) -> Result<()> {
-        let (keys, values) = &self.step.cache[layer];
+        let cache = &self.step.cache[layer];
         let n = self.step.options.cache_type.row_bytes(self.step.model.hyper.kv_dim());
         for (i, row) in rows.chunks_exact_mut(2 * n).enumerate() {
             let (k, v) = row.split_at_mut(n);
             // SAFETY: no step is running: that takes `&mut self`.
-            unsafe {
-                keys.encoded(first + i, k);
-                values.encoded(first + i, v);
-            }
+            unsafe { cache.encoded(first + i, k, v) };
         }
         Ok(())
     }
 
     fn write_rows(&mut self, layer: usize, first: usize, rows: &[u8]) -> Result<()> {
         let n = self.step.options.cache_type.row_bytes(self.step.model.hyper.kv_dim());
-        let (keys, values) = &mut self.step.cache[layer];
+        let cache = &mut self.step.cache[layer];
+        let scratch = &mut self.step.own.as_mut()[0].encoded;
         for (i, row) in rows.chunks_exact(2 * n).enumerate() {
             let (k, v) = row.split_at(n);
-            keys.set_encoded(first + i, k);
-            values.set_encoded(first + i, v);
+            cache.set_encoded(first + i, k, v, scratch);
         }
         Ok(())
     }
@@ -233,10 +229,7 @@ impl Context for CpuContext {
         let rows_per_block = layout.block * layout.stored_copies;
         let (src, dst) = (copy.src as usize * rows_per_block, copy.dst as usize * rows_per_block);
         let n = copy.n_positions * layout.stored_copies;
-        for (k, v) in &mut self.step.cache {
-            k.copy_within(src, dst, n);
-            v.copy_within(src, dst, n);
-        }
+        self.step.cache.iter_mut().for_each(|cache| cache.copy_within(src, dst, n));
         Ok(())
     }
 
@@ -255,9 +248,10 @@ impl Context for CpuContext {
         // SAFETY: no step is running.
         let own = unsafe { s.own.slice(0, s.own.len()) };
         ContextMemory {
-            cache: s.cache.iter().map(|(k, v)| k.bytes() + v.bytes()).sum(),
+            cache: s.cache.iter().map(Cache::bytes).sum(),
             hidden: s.rings.iter().map(|(k, v)| k.bytes() + v.bytes()).sum(),
             scratch: grids.into_iter().map(Grid::bytes).sum::<usize>()
+                + s.cache.iter().map(Cache::scratch_bytes).sum::<usize>()
                 + s.partials.bytes()
                 + s.fresh.0.bytes()
                 + s.fresh.1.bytes()
@@ -498,8 +492,7 @@ impl<'a> Phases<'a> {
             unsafe {
                 match self.plan.rows[row].store {
                     Store::Cache(at) => {
-                        s.cache[index].0.write(at as usize, first, k, &mut own.encoded);
-                        s.cache[index].1.write(at as usize, first, v);
+                        s.cache[index].write(at as usize, first, k, v, &mut own.encoded);
                     }
                     Store::Hidden(at) => {
                         s.fresh.0.write(at as usize, first, k);
@@ -637,12 +630,8 @@ impl<'a> Phases<'a> {
                 first: tile.hidden.0,
             }
         } else {
-            Source::Stored {
-                k: &s.cache[index].0,
-                v: &s.cache[index].1,
-                blocks: &self.plan.blocks[entry.blocks.clone()],
-                rows_per_block: layout.block * layout.stored_copies,
-            }
+            let blocks = &self.plan.blocks[entry.blocks.clone()];
+            s.cache[index].source(blocks, layout.block * layout.stored_copies)
         };
         let width = padded(h.head_dim);
         let mut attend = Attend {

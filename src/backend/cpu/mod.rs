@@ -6,6 +6,7 @@ mod arena;
 mod attention;
 mod bandwidth;
 mod context;
+mod fixed;
 #[cfg(feature = "ggml")]
 mod ggml;
 mod kernels;

@@ -1,6 +1,8 @@
 //! Keys and values in the cache's element type, laid out for attention.
 
 use super::arena::Arena;
+use super::attention::Source;
+use super::fixed::Fixed;
 use super::shared::Shared;
 use super::simd::Simd;
 use crate::backend::CacheType;
@@ -29,6 +31,109 @@ impl Element {
         match self {
             Element::F32 => 4,
             Element::F16 | Element::Bf16 => 2,
+        }
+    }
+}
+
+/// A layer's keys and values.
+pub enum Cache {
+    Floats(Granules, Rows),
+    Fixed(Fixed),
+}
+
+impl Cache {
+    /// `n` layers for blocks of `rows_per_block` rows, of which `rows` is a multiple.
+    pub fn layers(
+        n: usize,
+        kind: CacheType,
+        (rows, rows_per_block): (usize, usize),
+        (heads, head_dim): (usize, usize),
+    ) -> Result<Vec<Cache>> {
+        if Fixed::suits(kind, head_dim) {
+            return Ok(Fixed::layers(n, (rows, rows_per_block), (heads, head_dim))?
+                .into_iter()
+                .map(Cache::Fixed)
+                .collect());
+        }
+        let parts = Parts::new(kind, rows, heads * head_dim, head_dim);
+        let floats = |(k, v)| Cache::Floats(Granules::new(parts, rows_per_block, k), Rows::new(parts, v));
+        Ok(parts.pairs(n)?.map(floats).collect())
+    }
+
+    /// Of keys and values.
+    pub fn bytes(&self) -> usize {
+        match self {
+            Cache::Floats(k, v) => k.bytes() + v.bytes(),
+            Cache::Fixed(cache) => cache.bytes(),
+        }
+    }
+
+    /// Of what else it takes.
+    pub fn scratch_bytes(&self) -> usize {
+        match self {
+            Cache::Floats(..) => 0,
+            Cache::Fixed(cache) => cache.exponent_bytes(),
+        }
+    }
+
+    pub fn source<'a>(&'a self, blocks: &'a [u32], rows_per_block: usize) -> Source<'a> {
+        match self {
+            Cache::Floats(k, v) => Source::Stored { k, v, blocks, rows_per_block },
+            Cache::Fixed(cache) => Source::Fixed { cache, blocks, rows_per_block },
+        }
+    }
+
+    /// Whole heads from element `first` of the row on; `scratch` has room for an encoded row.
+    ///
+    /// # Safety
+    /// Nobody else touches them meanwhile.
+    pub unsafe fn write(&self, row: usize, first: usize, k: &[f32], v: &[f32], scratch: &mut [u8]) {
+        // SAFETY: the caller's.
+        unsafe {
+            match self {
+                Cache::Floats(keys, values) => {
+                    keys.write(row, first, k, scratch);
+                    values.write(row, first, v);
+                }
+                Cache::Fixed(cache) => cache.write(row, first, k, v, scratch),
+            }
+        }
+    }
+
+    /// A row's bytes as [`CacheType::encode`] made them, its heads one after another.
+    ///
+    /// # Safety
+    /// Nobody writes the row meanwhile.
+    pub unsafe fn encoded(&self, row: usize, k: &mut [u8], v: &mut [u8]) {
+        // SAFETY: the caller's.
+        unsafe {
+            match self {
+                Cache::Floats(keys, values) => {
+                    keys.encoded(row, k);
+                    values.encoded(row, v);
+                }
+                Cache::Fixed(cache) => cache.encoded(row, k, v),
+            }
+        }
+    }
+
+    pub fn set_encoded(&mut self, row: usize, k: &[u8], v: &[u8], scratch: &mut [u8]) {
+        match self {
+            Cache::Floats(keys, values) => {
+                keys.set_encoded(row, k);
+                values.set_encoded(row, v);
+            }
+            Cache::Fixed(cache) => cache.set_encoded(row, k, v, scratch),
+        }
+    }
+
+    pub fn copy_within(&mut self, src: usize, dst: usize, rows: usize) {
+        match self {
+            Cache::Floats(keys, values) => {
+                keys.copy_within(src, dst, rows);
+                values.copy_within(src, dst, rows);
+            }
+            Cache::Fixed(cache) => cache.copy_within(src, dst, rows),
         }
     }
 }
@@ -272,7 +377,7 @@ unsafe fn columns<S: Simd, const N: usize>(
 ///
 /// # Safety
 /// There is room for all of them behind `to`.
-unsafe fn scatter<const N: usize>(elements: &[u8], to: *mut u8, stride: usize) {
+pub unsafe fn scatter<const N: usize>(elements: &[u8], to: *mut u8, stride: usize) {
     for (i, element) in elements.as_chunks::<N>().0.iter().enumerate() {
         // SAFETY: the caller's.
         unsafe { to.add(i * stride * N).cast::<[u8; N]>().write(*element) };

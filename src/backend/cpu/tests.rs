@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use super::arena::Arena;
 use super::attention::{self, Attend, Source, padded};
+use super::fixed::Fixed;
 use super::kernels::{Kernels, Variant, groups};
 use super::matrix::{Activations, Choice, Matrix, Needs, Outputs};
 use super::pack_matrix;
@@ -11,7 +12,7 @@ use super::packed::{Packing, TILE};
 use super::shared::Grid;
 use super::simd::Simd;
 use super::simd::plain::Plain;
-use super::store::{Granules, Parts, Rows};
+use super::store::{Cache, Granules, Parts, Rows};
 use crate::backend::CacheType;
 use crate::backend::testing::{Noise, weights};
 use crate::checkpoint::TensorView;
@@ -352,9 +353,17 @@ fn attention_is_right_for_every_cache() {
             };
             let parts = |rows: usize| Parts::new(kind, rows, width, c.head_dim);
             let rows_of = |n: usize| Rows::new(parts(n), spoilt(parts(n)).0);
-            let (k, v) = spoilt(parts(rows));
-            let (k, v) = (Granules::new(parts(rows), c.rows_per_block, k), Rows::new(parts(rows), v));
-            let plain_k = rows_of(rows); // the same, not interleaved
+            let cache = if Fixed::suits(kind, c.head_dim) {
+                let mut layers = Fixed::layers(1, (rows, c.rows_per_block), (c.n_kv_heads, c.head_dim)).unwrap();
+                layers[0].spoil();
+                Cache::Fixed(layers.remove(0))
+            } else {
+                let (k, v) = spoilt(parts(rows));
+                Cache::Floats(Granules::new(parts(rows), c.rows_per_block, k), Rows::new(parts(rows), v))
+            };
+            // With integers, queries and weights are rounded, too: by as much as f16 rounds keys.
+            let bound = if matches!(cache, Cache::Fixed(_)) { 1e-3 } else { 5e-6 };
+            let plain = (rows_of(rows), rows_of(rows)); // the same, not interleaved
             let natural = |n: usize| (rows_of(n), rows_of(n));
             let capacity = c.hidden + 2;
             let (ring, fresh) = (natural(2 * capacity), natural(c.hidden + 3));
@@ -366,10 +375,10 @@ fn attention_is_right_for_every_cache() {
             // SAFETY: one thread.
             unsafe {
                 for i in 0..c.stored {
-                    let key = row();
-                    k.write(at_stored(i), 0, &key, &mut encoded);
-                    plain_k.write(at_stored(i), 0, &key);
-                    v.write(at_stored(i), 0, &row());
+                    let (key, value) = (row(), row());
+                    cache.write(at_stored(i), 0, &key, &value, &mut encoded);
+                    plain.0.write(at_stored(i), 0, &key);
+                    plain.1.write(at_stored(i), 0, &value);
                 }
                 for number in 100..100 + c.hidden {
                     let (store, at) = match number.checked_sub(first_fresh) {
@@ -380,7 +389,7 @@ fn attention_is_right_for_every_cache() {
                     store.1.write(at, 0, &row());
                 }
             }
-            let stored = Source::Stored { k: &k, v: &v, blocks: &blocks, rows_per_block: c.rows_per_block };
+            let stored = cache.source(&blocks, c.rows_per_block);
             let hidden = Source::Hidden {
                 ring: (&ring.0, &ring.1),
                 ring_base: capacity,
@@ -416,7 +425,7 @@ fn attention_is_right_for_every_cache() {
                         // SAFETY: one thread; Plain runs everywhere.
                         unsafe {
                             let (keys, values, at) = match i.checked_sub(first_fresh) {
-                                _ if !is_hidden => (&plain_k, &v, at_stored(i)),
+                                _ if !is_hidden => (&plain.0, &plain.1, at_stored(i)),
                                 Some(i) => (&fresh.0, &fresh.1, 3 + i),
                                 None => (&ring.0, &ring.1, capacity + i % capacity),
                             };
@@ -467,7 +476,7 @@ fn attention_is_right_for_every_cache() {
                             for d in 0..c.head_dim {
                                 let found = f64::from(acc[q * dim + d] / sum[q]);
                                 assert!(
-                                    (found - expected[d] / total).abs() < 5e-6,
+                                    (found - expected[d] / total).abs() < bound,
                                     "{} {kind:?} head {head} of {} query {q} dimension {d}: {found}, expected {}",
                                     kernels.variant,
                                     c.head_dim,

@@ -24,7 +24,7 @@ unsafe fn in_order(mut sum: __m256i) -> __m256i {
 }
 
 macro_rules! avx2 {
-    ($name:ident, $($dots:tt)*) => {
+    ($name:ident, $dot_pairs:expr, $($dots:tt)*) => {
         impl Tiled for $name {
             const LANES: usize = 8;
 
@@ -158,6 +158,15 @@ macro_rules! avx2 {
                 _mm_storel_epi64(p.cast(), _mm_packs_epi16(x, x));
             }
             #[inline(always)]
+            unsafe fn store_i16(p: *mut i16, x: __m256i) {
+                let x = _mm_packs_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256::<1>(x));
+                _mm_storeu_si128(p.cast(), x);
+            }
+            #[inline(always)]
+            unsafe fn dot_pairs(sum: __m256i, w: __m256i, x: i32) -> __m256i {
+                $dot_pairs(sum, w, _mm256_set1_epi32(x))
+            }
+            #[inline(always)]
             unsafe fn sum_i8(p: *const i8) -> i32 {
                 sum_i8(p)
             }
@@ -182,6 +191,7 @@ pub(super) unsafe fn sum_i8(p: *const i8) -> i32 {
 
 avx2! {
     Avx2Vnni,
+    _mm256_dpwssd_avx_epi32,
     type P = __m256i;
 
     #[inline(always)]
@@ -212,6 +222,7 @@ avx2! {
 
 avx2! {
     Avx2,
+    |sum, w, x| in_order(_mm256_add_epi32(sum, _mm256_madd_epi16(w, x))),
     // i16, two to an element: 2 * 8 products of 15 * 127 fit, or 2 * 4 of 31 * 127, or 2 * 2 of 63 * 127. Widening each time would
     // take half as many instructions again.
     type P = __m256i;

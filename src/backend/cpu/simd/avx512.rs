@@ -158,6 +158,14 @@ impl Simd for Avx512Vnni {
         _mm_storeu_si128(p.cast(), _mm512_cvtepi32_epi8(x));
     }
     #[inline(always)]
+    unsafe fn store_i16(p: *mut i16, x: __m512i) {
+        _mm256_storeu_si256(p.cast(), _mm512_cvtepi32_epi16(x));
+    }
+    #[inline(always)]
+    unsafe fn dot_pairs(sum: __m512i, w: __m512i, x: i32) -> __m512i {
+        _mm512_dpwssd_epi32(sum, w, _mm512_set1_epi32(x))
+    }
+    #[inline(always)]
     unsafe fn sum_i8(p: *const i8) -> i32 {
         super::avx2::sum_i8(p)
     }

@@ -91,6 +91,10 @@ pub trait Simd: Tiled {
     unsafe fn reduce_add_i(x: Self::I) -> i32;
     /// Stores elements of -128..=127 as bytes.
     unsafe fn store_i8(p: *mut i8, x: Self::I);
+    /// Stores elements of -32768..=32767 as 16-bit integers.
+    unsafe fn store_i16(p: *mut i16, x: Self::I);
+    /// Adds to each element the products of its two 16-bit integers with the two of `x`, which fit into 32 bits together, as does the sum.
+    unsafe fn dot_pairs(sum: Self::I, w: Self::B, x: i32) -> Self::I;
     /// The sum of 16 bytes.
     unsafe fn sum_i8(p: *const i8) -> i32;
     /// Into the L2 cache, where [`Tiled::prefetch`] draws a line into the first: for what is not needed soon.

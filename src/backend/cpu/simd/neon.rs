@@ -173,6 +173,17 @@ impl Simd for NeonDot {
         p.cast::<u32>().write_unaligned(vget_lane_u32::<0>(vreinterpret_u32_s8(x)));
     }
     #[inline(always)]
+    unsafe fn store_i16(p: *mut i16, x: int32x4_t) {
+        vst1_s16(p, vqmovn_s32(x));
+    }
+    #[inline(always)]
+    unsafe fn dot_pairs(sum: int32x4_t, w: uint8x16_t, x: i32) -> int32x4_t {
+        // The vectors of even and of odd integers are the same for all rows of a block.
+        let (w, x) = (vreinterpretq_s16_u8(w), vreinterpret_s16_s32(vdup_n_s32(x)));
+        let (even, odd) = (vget_low_s16(vuzp1q_s16(w, w)), vget_low_s16(vuzp2q_s16(w, w)));
+        vmlal_lane_s16::<1>(vmlal_lane_s16::<0>(sum, even, x), odd, x)
+    }
+    #[inline(always)]
     unsafe fn sum_i8(p: *const i8) -> i32 {
         i32::from(vaddlvq_s8(vld1q_s8(p)))
     }

@@ -185,6 +185,19 @@ impl Simd for Plain {
         p.cast::<[i8; N]>().write_unaligned(each(x, |&x| x as i8));
     }
     #[inline(always)]
+    unsafe fn store_i16(p: *mut i16, x: [i32; N]) {
+        p.cast::<[i16; N]>().write_unaligned(each(x, |&x| x as i16));
+    }
+    #[inline(always)]
+    unsafe fn dot_pairs(mut sum: [i32; N], w: [u8; 4 * N], x: i32) -> [i32; N] {
+        let half = |x: i32, i: i32| i32::from((x >> (16 * i)) as i16);
+        for (sum, w) in sum.iter_mut().zip(w.as_chunks::<4>().0) {
+            let w = i32::from_le_bytes(*w);
+            *sum += half(w, 0) * half(x, 0) + half(w, 1) * half(x, 1);
+        }
+        sum
+    }
+    #[inline(always)]
     unsafe fn sum_i8(p: *const i8) -> i32 {
         p.cast::<[i8; 16]>().read().map(i32::from).iter().sum()
     }
