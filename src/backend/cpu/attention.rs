@@ -98,27 +98,37 @@ pub struct Attend<'a> {
 }
 
 impl Attend<'_> {
-    /// Where stored key `key` lies, if there is one to come.
-    fn key_place(&self, key: usize) -> Option<*const u8> {
+    /// Where stored key `key` lies, if there is one to come: it is about to be drawn into the cache.
+    ///
+    /// # Safety
+    /// The CPU has `S`.
+    #[inline(always)]
+    unsafe fn key_place<S: Simd>(&self, key: usize) -> Option<*const u8> {
         match self.source {
             Source::Stored { k, blocks, rows_per_block, .. } if key < self.to => {
                 Some(k.place(cache_row(blocks, rows_per_block, key), self.head * self.head_dim))
             }
             Source::Fixed { cache, blocks, rows_per_block } if key < self.to => {
-                Some(cache.address(false, cache_row(blocks, rows_per_block, key), self.head))
+                // SAFETY: the caller's.
+                Some(unsafe { cache.address::<S>(false, cache_row(blocks, rows_per_block, key), self.head) })
             }
             _ => None,
         }
     }
 
     /// The same of its value.
-    fn value_place(&self, key: usize) -> Option<*const u8> {
+    ///
+    /// # Safety
+    /// The CPU has `S`.
+    #[inline(always)]
+    unsafe fn value_place<S: Simd>(&self, key: usize) -> Option<*const u8> {
         match self.source {
             Source::Stored { v, blocks, rows_per_block, .. } if key < self.to => {
                 Some(v.place(cache_row(blocks, rows_per_block, key), self.head * self.head_dim))
             }
             Source::Fixed { cache, blocks, rows_per_block } if key < self.to => {
-                Some(cache.address(true, cache_row(blocks, rows_per_block, key), self.head))
+                // SAFETY: the caller's.
+                Some(unsafe { cache.address::<S>(true, cache_row(blocks, rows_per_block, key), self.head) })
             }
             _ => None,
         }
@@ -136,7 +146,9 @@ pub unsafe fn attend<S: Simd>(a: &mut Attend) {
     a.max.fill(f32::NEG_INFINITY);
     a.sum.fill(0.0);
     a.acc.fill(0.0);
-    if matches!(a.source, Source::Fixed { .. }) {
+    if let Source::Fixed { cache, blocks, rows_per_block } = a.source {
+        // SAFETY: the caller's.
+        unsafe { cache.draw_first::<S>(cache_row(blocks, rows_per_block, a.from), a.head) };
         a.scratch.integers.take(a.queries, n);
     }
     let seen = a.sight.iter().filter(|s| s.0 < s.1);
@@ -150,7 +162,7 @@ pub unsafe fn attend<S: Simd>(a: &mut Attend) {
             let scores = a.scratch.scores.as_mut_ptr();
             for at in (from..end).step_by(CHUNK) {
                 let count = (end - at).min(CHUNK);
-                let next = if at + count < end { a.key_place(at + count) } else { a.value_place(from) };
+                let next = if at + count < end { a.key_place::<S>(at + count) } else { a.value_place::<S>(from) };
                 if let Source::Fixed { cache, blocks, rows_per_block } = a.source {
                     let row = |i| cache_row(blocks, rows_per_block, at + i);
                     let to = scores.add(at - from);
@@ -177,7 +189,7 @@ pub unsafe fn attend<S: Simd>(a: &mut Attend) {
             }
             for at in (from..end).step_by(CHUNK) {
                 let count = (end - at).min(CHUNK);
-                let next = if at + count < end { a.value_place(at + count) } else { a.key_place(end) };
+                let next = if at + count < end { a.value_place::<S>(at + count) } else { a.key_place::<S>(end) };
                 if let Source::Fixed { cache, blocks, rows_per_block } = a.source {
                     let row = |i| cache_row(blocks, rows_per_block, at + i);
                     let (weights, acc, integers) = (scores.add(at - from), a.acc.as_mut_ptr(), &mut a.scratch.integers);

@@ -137,9 +137,31 @@ impl Fixed {
         (self.granule(row, head) + within, on)
     }
 
-    /// The address of a row's granule of keys or of values: to prefetch.
-    pub fn address(&self, is_value: bool, row: usize, head: usize) -> *const u8 {
+    /// Draws into the cache what attention of keys from this row on begins with.
+    ///
+    /// # Safety
+    /// The CPU has `S`.
+    #[inline(always)]
+    pub unsafe fn draw_first<S: Simd>(&self, row: usize, head: usize) {
+        // SAFETY: the caller's.
+        unsafe {
+            let keys = self.address::<S>(false, row, head);
+            (0..CHUNK * 2 * self.dim).step_by(LINE).for_each(|at| S::prefetch_l2(keys.wrapping_add(at)));
+            self.address::<S>(true, row, head);
+        }
+    }
+
+    /// The address of a row's granule of keys or of values: to prefetch, as are the exponents from there on, which are so few that no
+    /// prefetcher of the CPU sees them coming.
+    ///
+    /// # Safety
+    /// The CPU has `S`.
+    #[inline(always)]
+    pub unsafe fn address<S: Simd>(&self, is_value: bool, row: usize, head: usize) -> *const u8 {
         let data = if is_value { &self.values } else { &self.keys };
+        let exponents = self.exponents.as_ptr().cast_const().wrapping_add(self.exponent(is_value, row, head));
+        // SAFETY: the caller's.
+        unsafe { S::prefetch(exponents) };
         data.as_ptr().cast_const().wrapping_add(self.granule(row, head))
     }
 
@@ -314,11 +336,13 @@ struct Chunk {
 
 /// Queries and weights of a thread as integers.
 pub struct Integers {
-    queries: Vec<i32>,  // (head_dim / 2, query) of pairs
-    units: Vec<f32>,    // (query): of the queries
-    weights: Vec<i32>,  // (query, CHUNK / 2) of pairs
-    inverses: Vec<f32>, // (query): of the queries' units; then (query): the units of the weights
-    gathered: Vec<u8>,  // (CHUNK / 16) granules of rows that lie alone
+    queries: Vec<i32>,    // (head_dim / 2, query) of pairs
+    units: Vec<f32>,      // (query): of the queries
+    factors: Vec<f32>,    // (16, query)
+    rounded: Vec<u16>,    // (head_dim, query)
+    weights: Vec<i32>,    // (query, CHUNK / 2) of pairs
+    of_weights: Vec<f32>, // (query): the units of the weights
+    gathered: Vec<u8>,    // (CHUNK / 16) granules of rows that lie alone
 }
 
 impl Integers {
@@ -327,14 +351,16 @@ impl Integers {
             queries: vec![0; queries * head_dim / 2],
             units: vec![0.0; queries],
             weights: vec![0; queries * CHUNK / 2],
-            inverses: vec![0.0; queries],
+            of_weights: vec![0.0; queries],
+            factors: vec![0.0; GRANULE * queries],
+            rounded: vec![0; queries * head_dim],
             gathered: vec![0; CHUNK * 2 * head_dim],
         }
     }
 
     pub fn bytes(&self) -> usize {
-        let numbers = self.queries.len() + self.units.len() + self.weights.len() + self.inverses.len();
-        4 * numbers + self.gathered.len()
+        let floats = self.units.len() + self.factors.len() + self.of_weights.len();
+        4 * (self.queries.len() + self.weights.len() + floats) + 2 * self.rounded.len() + self.gathered.len()
     }
 
     /// Takes `n` queries, `[head_dim][query]`. Their integers are so large that no sum of products with a key's exceeds 31 bits: by
@@ -342,22 +368,30 @@ impl Integers {
     #[inline(always)]
     pub fn take(&mut self, queries: &[f32], n: usize) {
         let dim = queries.len() / n;
-        let (units, inverses) = (&mut self.units[..n], &mut self.inverses[..n]);
-        units.fill(0.0);
-        for x in queries.chunks_exact(n) {
-            units.iter_mut().zip(x).for_each(|(sum, x)| *sum += x * x);
+        let units = &mut self.units[..n];
+        // Sixteen dimensions at a time are whole vectors, whatever n is.
+        let group = GRANULE * n;
+        let factors = &mut self.factors[..group]; // (16, query)
+        factors.fill(0.0);
+        for x in queries.chunks_exact(group) {
+            factors.iter_mut().zip(x).for_each(|(sum, x)| *sum += x * x);
         }
         // A hundredth less: for roundings, of half an integer to an element.
         let longest = 0.99 * (1u32 << (31 - DIGITS)) as f32 / (dim as f32).sqrt();
-        for (unit, inverse) in units.iter_mut().zip(inverses.iter_mut()) {
-            *unit = unit.sqrt() / longest;
-            *inverse = reciprocal(*unit);
+        for (q, unit) in units.iter_mut().enumerate() {
+            *unit = factors.iter().skip(q).step_by(n).sum::<f32>().sqrt() / longest;
         }
-        let integer = |x: f32| (x + ROUNDS).to_bits() as u16;
-        for (pairs, x) in self.queries.chunks_exact_mut(n).zip(queries.chunks_exact(2 * n)) {
+        for factors in factors.chunks_exact_mut(n) {
+            factors.iter_mut().zip(&*units).for_each(|(factor, &unit)| *factor = reciprocal(unit));
+        }
+        let rounded = &mut self.rounded[..n * dim]; // (head_dim, query)
+        for (to, x) in rounded.chunks_exact_mut(group).zip(queries.chunks_exact(group)) {
+            let x = x.iter().zip(&*factors);
+            to.iter_mut().zip(x).for_each(|(to, (x, factor))| *to = (x * factor + ROUNDS).to_bits() as u16);
+        }
+        for (pairs, x) in self.queries.chunks_exact_mut(n).zip(rounded.chunks_exact(2 * n)) {
             let (even, odd) = x.split_at(n);
-            for (((pair, even), odd), inverse) in pairs.iter_mut().zip(even).zip(odd).zip(&*inverses) {
-                let (even, odd) = (integer(even * inverse), integer(odd * inverse));
+            for ((pair, &even), &odd) in pairs.iter_mut().zip(even).zip(odd) {
                 *pair = (u32::from(even) | u32::from(odd) << 16) as i32;
             }
         }
@@ -396,7 +430,7 @@ impl<S: Simd, const M: usize, const V: usize> Sums<S, M, V> {
         for _ in 0..depth {
             // SAFETY: the caller's.
             unsafe {
-                ahead.draw::<S, V>();
+                ahead.draw::<S>();
                 let mut right = [S::load_b(b[0]); V];
                 for v in 0..V {
                     right[v] = S::load_b(b[v]);
@@ -415,34 +449,40 @@ impl<S: Simd, const M: usize, const V: usize> Sums<S, M, V> {
     }
 }
 
-/// Memory to draw into the cache during a product, evenly: in bursts, the memory's queue is full and then idle.
-#[derive(Clone, Copy)]
+/// Memory to draw into the cache during a product: evenly, for in bursts the memory's queue is full and then idle; and in the order in
+/// which it will be read, for what is drawn last is not there yet when the next product begins.
 struct Ahead {
     place: *const u8,
-    /// Bytes at each step.
+    /// Streams that are read side by side, as a power of two, and the bytes from one to the next.
+    streams: u32,
+    apart: usize,
+    /// Bytes to draw at each step.
     on: usize,
+    /// Bytes that should be drawn by now, and lines that are.
+    due: usize,
+    lines: usize,
 }
 
 impl Ahead {
-    const NOTHING: Ahead = Ahead { place: std::ptr::null(), on: 0 };
+    const NOTHING: Ahead = Ahead { place: std::ptr::null(), streams: 0, apart: 0, on: 0, due: 0, lines: 0 };
 
-    /// What V vectors take of the memory at a step, spread over all the blocks of rows that take them.
-    fn new<S: Simd>(next: Option<*const u8>, from: usize, vectors: usize, blocks: usize) -> Ahead {
-        let on = PAIR * S::LANES * vectors / blocks;
-        next.map_or(Ahead::NOTHING, |p| Ahead { place: p.wrapping_add(from), on })
+    /// As many bytes as V vectors take at each step, spread over all the blocks of rows that take them.
+    fn new<S: Simd>(place: *const u8, vectors: usize, blocks: usize) -> Ahead {
+        Ahead { place, on: PAIR * S::LANES * vectors / blocks, ..Ahead::NOTHING }
     }
 
     /// # Safety
     /// The CPU has `S`.
     #[inline(always)]
-    unsafe fn draw<S: Simd, const V: usize>(&mut self) {
-        for line in (0..PAIR * S::LANES * V).step_by(LINE) {
-            if line < self.on {
-                // SAFETY: the caller's.
-                unsafe { S::prefetch_l2(self.place.wrapping_add(line)) };
-            }
+    unsafe fn draw<S: Simd>(&mut self) {
+        self.due = self.due.wrapping_add(self.on);
+        while self.lines * LINE < self.due {
+            let stream = self.lines & ((1 << self.streams) - 1);
+            let line = (self.lines >> self.streams) * LINE;
+            // SAFETY: the caller's.
+            unsafe { S::prefetch_l2(self.place.wrapping_add(stream * self.apart).wrapping_add(line)) };
+            self.lines += 1;
         }
-        self.place = self.place.wrapping_add(self.on);
     }
 }
 
@@ -549,8 +589,12 @@ pub unsafe fn scores<S: Simd>(
     let mut ahead = Ahead::NOTHING;
     let mut blocks = Blocks::new::<S>(n, count.next_multiple_of(GRANULE));
     while let Some((row, m, column, vectors)) = blocks.next() {
-        if row == 0 {
-            ahead = Ahead::new::<S>(next, 2 * column * dim, vectors, blocks.of_rows());
+        if let (0, Some(next)) = (row, next) {
+            ahead = Ahead::new::<S>(next.wrapping_add(2 * column * dim), vectors, blocks.of_rows());
+            let granules = vectors * S::LANES / GRANULE;
+            if granules.is_power_of_two() && vectors * S::LANES == granules * GRANULE {
+                (ahead.streams, ahead.apart) = (granules.trailing_zeros(), 2 * GRANULE * dim);
+            }
         }
         let p = Product { chunk, dim, n, granules: 0, row, column, integers, to: scores };
         // SAFETY: blocks stay within rows and columns.
@@ -605,7 +649,7 @@ pub unsafe fn add_values<S: Simd>(
     let chunk = &unsafe { cache.chunk(true, head, count, row, &mut integers.gathered) };
     let dim = cache.dim;
     let columns = count.next_multiple_of(GRANULE);
-    assert!(integers.weights.len() >= n * CHUNK / 2 && integers.inverses.len() >= n);
+    assert!(integers.weights.len() >= n * CHUNK / 2 && integers.of_weights.len() >= n);
     for q in 0..n {
         // SAFETY: whole vectors of a query's weights and of the units; LANES divides 16.
         unsafe {
@@ -616,20 +660,20 @@ pub unsafe fn add_values<S: Simd>(
                 S::store(p.add(i), x);
                 total = S::add(total, x);
             }
-            let unit = S::reduce_add(total) / f32::from(i16::MAX);
-            let inverse = S::splat(reciprocal(unit));
+            let total = S::reduce_add(total);
+            let inverse = S::splat(f32::from(i16::MAX) * reciprocal(total));
             for i in (0..columns).step_by(S::LANES) {
                 S::store_i16(to.add(i), S::to_i(S::mul(S::load(p.add(i)), inverse)));
             }
-            integers.inverses[q] = unit;
+            integers.of_weights[q] = total * (1.0 / f32::from(i16::MAX));
         }
     }
     let integers = &*integers;
     let mut ahead = Ahead::NOTHING;
     let mut blocks = Blocks::new::<S>(n, dim);
     while let Some((row, m, column, vectors)) = blocks.next() {
-        if row == 0 {
-            ahead = Ahead::new::<S>(next, 2 * column * count, vectors, blocks.of_rows());
+        if let (0, Some(next)) = (row, next) {
+            ahead = Ahead::new::<S>(next.wrapping_add(2 * column * count), vectors, blocks.of_rows());
         }
         let p = Product { chunk, dim, n, granules: columns / GRANULE, row, column, integers, to: acc };
         // SAFETY: blocks stay within rows and columns.
@@ -656,7 +700,7 @@ unsafe fn value_block<S: Simd, const M: usize, const V: usize>(p: &Product, ahea
             a = a.wrapping_add(STEPS);
         }
         for m in 0..M {
-            let unit = S::splat(*p.integers.inverses.as_ptr().add(p.row + m));
+            let unit = S::splat(*p.integers.of_weights.as_ptr().add(p.row + m));
             for v in 0..V {
                 let to = p.to.add((p.row + m) * p.dim + p.column + v * S::LANES);
                 S::store(to, S::fma(S::to_f(sums.0[m][v]), unit, S::load(to)));
