@@ -266,7 +266,8 @@ unsafe fn keys<S: Simd>(a: &mut Attend, from: usize, count: usize) -> Right {
                     k.read::<S>(row, (count - i).min(GRANULE), first, dim, keys.add(i), CHUNK, gathered);
                 }
             }
-            _ => {
+            // Those that are integers have products of their own.
+            Source::Hidden { .. } | Source::Fixed { .. } => {
                 for i in 0..count {
                     if let Some(((k, _), row)) = a.source.hidden_row(from + i) {
                         k.read::<S>(row, first, temporary);
@@ -320,7 +321,8 @@ unsafe fn values<S: Simd>(a: &mut Attend, from: usize, count: usize) -> Right {
                     }
                 }
             }
-            _ => {
+            // Those that are integers have products of their own.
+            Source::Hidden { .. } | Source::Fixed { .. } => {
                 for i in 0..count {
                     let to = &mut values[i * width..i * width + dim];
                     match a.source.hidden_row(from + i) {

@@ -363,7 +363,7 @@ impl Integers {
         4 * (self.queries.len() + self.weights.len() + floats) + 2 * self.rounded.len() + self.gathered.len()
     }
 
-    /// Takes `n` queries, `[head_dim][query]`. Their integers are so large that no sum of products with a key's exceeds 31 bits: by
+    /// Takes `n` queries, `[head_dim][query]` with a multiple of 16 dimensions. Their integers are so large that no sum of products with a key's exceeds 31 bits: by
     /// Cauchy and Schwarz, a part of it is at most the product of the lengths of both.
     #[inline(always)]
     pub fn take(&mut self, queries: &[f32], n: usize) {
@@ -558,7 +558,7 @@ struct Product<'a> {
     dim: usize,
     /// Rows of A in all.
     n: usize,
-    /// Granules of B.
+    /// Granules of values that are added up.
     granules: usize,
     /// Row and column of the block.
     row: usize,
@@ -567,8 +567,8 @@ struct Product<'a> {
     to: *mut f32,
 }
 
-/// Scores of `count` keys of the chunk that begins at key `from`: into `scores`, `[query][RUN]`, whole granules of them. `row` tells where keys
-/// lie; `next` is drawn into the cache meanwhile.
+/// Scores of up to [`CHUNK`] keys for `n` queries: into `scores`, `[query][RUN]`, whole granules of them. `row` tells where the chunk's keys lie;
+/// `next`, where the next chunk begins, is drawn into the cache meanwhile.
 ///
 /// # Safety
 /// The CPU has `S`; nobody writes the keys meanwhile; `scores` has room.
@@ -628,8 +628,8 @@ unsafe fn score_block<S: Simd, const M: usize, const V: usize>(p: &Product, ahea
     }
 }
 
-/// Adds `count` values of the chunk, times their weights in `weights`, `[query][RUN]`, which are lost, to `acc`, `[query][head_dim]`. The
-/// weights of a chunk are integers whose sum is 2^15: none is off by more than 2^-16 of their sum.
+/// Adds up to [`CHUNK`] values, times their weights in `weights`, `[query][RUN]`, which are lost, to `acc`, `[query][head_dim]`. The weights of a
+/// chunk, each times its value's unit, are integers whose sum is 2^15: none is off by more than 2^-16 of their sum. The rest as for [`scores`].
 ///
 /// # Safety
 /// The CPU has `S`; nobody writes the values meanwhile; the matrices lie behind the pointers, weights in whole granules.
