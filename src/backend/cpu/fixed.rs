@@ -9,7 +9,7 @@ use super::arena::{Arena, LINE};
 use super::attention::{CHUNK, RUN};
 use super::shared::Shared;
 use super::simd::Simd;
-use super::store::{GRANULE, scatter};
+use super::store::{GRANULE, scatter, widen};
 use crate::backend::CacheType;
 use crate::error::Result;
 
@@ -33,12 +33,11 @@ pub struct Fixed {
     rows: usize,
     heads: usize,
     dim: usize,
-    /// Whether rows lie alone, `(head, row, element)`: a block of the cache is not whole granules then, and what attention takes of it
-    /// is gathered first.
-    is_narrow: bool,
-    /// `(head, granule of 16 rows, pair of elements, row)` of pairs.
+    /// Rows of a granule: 16, or as many as divide a block of the cache, whose granules are gathered before they are multiplied.
+    lanes: usize,
+    /// `(head, granule, pair of elements, row)` of pairs.
     keys: Shared<u8>,
-    /// `(head, pair of rows, element)` of pairs.
+    /// `(head, pair of rows, element)` of pairs; `(head, row, element)` where a granule is one row.
     values: Shared<u8>,
     /// `(keys or values, head, row)`: the unit of integers as the biased exponent of an f32.
     exponents: Shared<u8>,
@@ -92,12 +91,11 @@ impl Fixed {
         (heads, dim): (usize, usize),
     ) -> Result<Vec<Fixed>> {
         assert!(Fixed::suits(CacheType::F16, dim) && rows.is_multiple_of(rows_per_block));
-        let is_narrow = !rows_per_block.is_multiple_of(GRANULE);
+        let lanes = 1 << rows_per_block.trailing_zeros().min(GRANULE.trailing_zeros());
         let mut data = Arena::divided("the KV cache", 2 * n, rows, heads * dim * 2)?.into_iter();
         let exponents = Arena::divided("the KV cache", n, rows, 2 * heads)?;
-        let layer = |exponents| {
-            Some(Fixed { rows, heads, dim, is_narrow, keys: data.next()?, values: data.next()?, exponents })
-        };
+        let layer =
+            |exponents| Some(Fixed { rows, heads, dim, lanes, keys: data.next()?, values: data.next()?, exponents });
         Ok(exponents.into_iter().filter_map(layer).collect())
     }
 
@@ -110,14 +108,9 @@ impl Fixed {
         self.exponents.bytes()
     }
 
-    /// Rows that lie together.
-    fn lanes(&self) -> usize {
-        if self.is_narrow { 1 } else { GRANULE }
-    }
-
     /// Where the granule of a key begins, and the granule of a value: both are as long.
     fn granule(&self, row: usize, head: usize) -> usize {
-        (head * self.rows + row - row % self.lanes()) * self.dim * 2
+        (head * self.rows + row - row % self.lanes) * self.dim * 2
     }
 
     /// Where a row's exponent lies.
@@ -128,11 +121,11 @@ impl Fixed {
 
     /// Where the first integer of a row lies, and how many bytes on the next ones do: two of keys and one of values.
     fn place(&self, is_value: bool, row: usize, head: usize) -> (usize, usize) {
-        let (within, on) = match (is_value, row % GRANULE) {
-            (false, _) if self.is_narrow => (0, PAIR),
-            (true, _) if self.is_narrow => (0, 2),
-            (false, lane) => key_in_granule(lane),
-            (true, lane) => value_in_granule(lane, self.dim),
+        let lane = row % self.lanes;
+        let (within, on) = match (is_value, self.lanes) {
+            (false, lanes) => (lane * PAIR, lanes * PAIR),
+            (true, 1) => (0, 2),
+            (true, _) => value_in_granule(lane, self.dim),
         };
         (self.granule(row, head) + within, on)
     }
@@ -187,7 +180,7 @@ impl Fixed {
     unsafe fn put(&self, is_value: bool, row: usize, head: usize, x: &mut [u8]) {
         let (at, on) = self.place(is_value, row, head);
         let (data, exponent) = (if is_value { &self.values } else { &self.keys }, self.exponent(is_value, row, head));
-        assert!(x.len() == 2 * self.dim && self.granule(row, head) + self.lanes() * x.len() <= data.len());
+        assert!(x.len() == 2 * self.dim && self.granule(row, head) + self.lanes * x.len() <= data.len());
         // SAFETY: this row's bytes only, within its granule, which is in bounds, as its exponent is.
         unsafe {
             self.exponents.slice_mut(exponent, 1)[0] = fix(x);
@@ -265,11 +258,12 @@ impl Fixed {
         assert!(rows <= CHUNK);
         let data = if is_value { &self.values } else { &self.keys };
         let mut chunk = Chunk { granules: [data.as_ptr(); CHUNK / GRANULE], units: [0.0; CHUNK] };
-        if self.is_narrow {
-            for i in 0..rows {
+        if self.lanes < GRANULE {
+            for i in (0..rows).step_by(self.lanes) {
                 // SAFETY: the caller's.
-                chunk.units[i] = unsafe { self.gather(is_value, row(i), head, i, gathered) };
+                unsafe { self.gather(is_value, row(i), head, i, gathered, &mut chunk.units) };
             }
+            chunk.units[rows..].fill(0.0);
             for (i, granule) in chunk.granules.iter_mut().enumerate() {
                 *granule = gathered[i * GRANULE * 2 * self.dim..][..GRANULE * 2 * self.dim].as_ptr();
             }
@@ -291,39 +285,41 @@ impl Fixed {
         chunk
     }
 
-    /// Copies a row that lies alone to where the `i`th of a chunk of granules lies; tells its unit.
+    /// Copies a narrow granule to where rows `i` and on of a chunk of wide ones lie, and their units.
     ///
     /// # Safety
-    /// Nobody writes the row meanwhile.
+    /// Nobody writes the granule meanwhile.
     #[inline(never)] // it would crowd the loops of whole granules
-    unsafe fn gather(&self, is_value: bool, row: usize, head: usize, i: usize, gathered: &mut [u8]) -> f32 {
+    unsafe fn gather(
+        &self,
+        is_value: bool,
+        row: usize,
+        head: usize,
+        i: usize,
+        gathered: &mut [u8],
+        units: &mut [f32; CHUNK],
+    ) {
         let data = if is_value { &self.values } else { &self.keys };
-        let bytes = 2 * self.dim;
+        let (lanes, wide) = (self.lanes, GRANULE * 2 * self.dim);
+        let first = self.exponent(is_value, row - row % lanes, head);
         // SAFETY: the caller's; slices check the bounds.
-        let (x, exponent) = unsafe {
-            (data.slice(self.granule(row, head), bytes), self.exponents.slice(self.exponent(is_value, row, head), 1)[0])
-        };
-        let to = gathered[i / GRANULE * GRANULE * bytes..][..GRANULE * bytes].as_mut_ptr();
-        // SAFETY: a lane of the granule that begins there.
-        unsafe {
-            if is_value {
-                let (within, on) = value_in_granule(i % GRANULE, self.dim);
-                scatter::<2>(x, to.add(within), on / 2);
-            } else {
-                let (within, on) = key_in_granule(i % GRANULE);
-                scatter::<4>(x, to.add(within), on / PAIR);
+        let (from, exponents) =
+            unsafe { (data.slice(self.granule(row, head), lanes * 2 * self.dim), self.exponents.slice(first, lanes)) };
+        units[i..i + lanes].iter_mut().zip(exponents).for_each(|(u, &e)| *u = unit(e));
+        let (to, lane) = (&mut gathered[i / GRANULE * wide..][..wide], i % GRANULE);
+        match (is_value, lanes) {
+            (false, _) => widen::<PAIR>(from, lanes, lane, to),
+            (true, 1) => {
+                let (within, on) = value_in_granule(lane, self.dim);
+                // SAFETY: a lane of the granule that begins there.
+                unsafe { scatter::<2>(from, to.as_mut_ptr().add(within), on / 2) };
             }
+            (true, _) => to[lane / 2 * self.dim * PAIR..][..from.len()].copy_from_slice(from),
         }
-        unit(exponent)
     }
 }
 
-/// Where the first pair of a key lies within its granule, and how many bytes on the next ones do.
-fn key_in_granule(lane: usize) -> (usize, usize) {
-    (lane * PAIR, GRANULE * PAIR)
-}
-
-/// The same of the integers of a value.
+/// Where the first integer of a value lies within its granule, and how many bytes on the next ones do.
 fn value_in_granule(lane: usize, dim: usize) -> (usize, usize) {
     (lane / 2 * dim * PAIR + lane % 2 * 2, PAIR)
 }
@@ -342,7 +338,7 @@ pub struct Integers {
     rounded: Vec<u16>,    // (head_dim, query)
     weights: Vec<i32>,    // (query, CHUNK / 2) of pairs
     of_weights: Vec<f32>, // (query): the units of the weights
-    gathered: Vec<u8>,    // (CHUNK / 16) granules of rows that lie alone
+    gathered: Vec<u8>,    // (CHUNK / 16) granules of narrow ones
 }
 
 impl Integers {
@@ -766,7 +762,7 @@ mod tests {
     /// Rows leave as they came, lie where no other does, and are copied within, also an odd number of them.
     #[test]
     fn rows_are_kept() {
-        for rows_per_block in [16, 3] {
+        for rows_per_block in [16, 8, 6, 3] {
             rows_of_blocks(rows_per_block);
         }
     }

@@ -632,7 +632,7 @@ impl Granules {
 
 /// Columns of `lanes` elements of `N` bytes into columns of 16, from lane `lane` on.
 #[inline(always)]
-fn widen<const N: usize>(from: &[u8], lanes: usize, lane: usize, to: &mut [u8]) {
+pub fn widen<const N: usize>(from: &[u8], lanes: usize, lane: usize, to: &mut [u8]) {
     fn columns<const BYTES: usize>(from: &[u8], at: usize, to: &mut [u8], wide: usize) {
         for (from, to) in from.as_chunks::<BYTES>().0.iter().zip(to.chunks_exact_mut(wide)) {
             to[at..at + BYTES].copy_from_slice(from);
