@@ -9,7 +9,7 @@ use super::arena::{Arena, LINE};
 use super::attention::{CHUNK, RUN};
 use super::shared::Shared;
 use super::simd::Simd;
-use super::store::{GRANULE, scatter, widen};
+use super::store::{GRANULE, lanes, scatter, widen};
 use crate::backend::CacheType;
 use crate::error::Result;
 
@@ -91,7 +91,7 @@ impl Fixed {
         (heads, dim): (usize, usize),
     ) -> Result<Vec<Fixed>> {
         assert!(Fixed::suits(CacheType::F16, dim) && rows.is_multiple_of(rows_per_block));
-        let lanes = 1 << rows_per_block.trailing_zeros().min(GRANULE.trailing_zeros());
+        let lanes = lanes(rows_per_block);
         let mut data = Arena::divided("the KV cache", 2 * n, rows, heads * dim * 2)?.into_iter();
         let exponents = Arena::divided("the KV cache", n, rows, 2 * heads)?;
         let layer =
@@ -106,6 +106,10 @@ impl Fixed {
 
     pub fn exponent_bytes(&self) -> usize {
         self.exponents.bytes()
+    }
+
+    fn data(&self, is_value: bool) -> &Shared<u8> {
+        if is_value { &self.values } else { &self.keys }
     }
 
     /// Where the granule of a key begins, and the granule of a value: both are as long.
@@ -151,7 +155,7 @@ impl Fixed {
     /// The CPU has `S`.
     #[inline(always)]
     pub unsafe fn address<S: Simd>(&self, is_value: bool, row: usize, head: usize) -> *const u8 {
-        let data = if is_value { &self.values } else { &self.keys };
+        let data = self.data(is_value);
         let exponents = self.exponents.as_ptr().cast_const().wrapping_add(self.exponent(is_value, row, head));
         // SAFETY: the caller's.
         unsafe { S::prefetch(exponents) };
@@ -179,7 +183,7 @@ impl Fixed {
     /// Nobody else touches it meanwhile.
     unsafe fn put(&self, is_value: bool, row: usize, head: usize, x: &mut [u8]) {
         let (at, on) = self.place(is_value, row, head);
-        let (data, exponent) = (if is_value { &self.values } else { &self.keys }, self.exponent(is_value, row, head));
+        let (data, exponent) = (self.data(is_value), self.exponent(is_value, row, head));
         assert!(x.len() == 2 * self.dim && self.granule(row, head) + self.lanes * x.len() <= data.len());
         // SAFETY: this row's bytes only, within its granule, which is in bounds, as its exponent is.
         unsafe {
@@ -195,7 +199,7 @@ impl Fixed {
     /// Nobody writes the row meanwhile.
     pub unsafe fn encoded(&self, row: usize, k: &mut [u8], v: &mut [u8]) {
         for (is_value, x) in [(false, k), (true, v)] {
-            let (data, size) = if is_value { (&self.values, 2) } else { (&self.keys, PAIR) };
+            let (data, size) = (self.data(is_value), if is_value { 2 } else { PAIR });
             for (head, x) in x.chunks_exact_mut(2 * self.dim).enumerate() {
                 let (at, on) = self.place(is_value, row, head);
                 for (i, out) in x.chunks_exact_mut(size).enumerate() {
@@ -256,7 +260,7 @@ impl Fixed {
         gathered: &mut [u8],
     ) -> Chunk {
         assert!(rows <= CHUNK);
-        let data = if is_value { &self.values } else { &self.keys };
+        let data = self.data(is_value);
         let mut chunk = Chunk { granules: [data.as_ptr(); CHUNK / GRANULE], units: [0.0; CHUNK] };
         if self.lanes < GRANULE {
             for i in (0..rows).step_by(self.lanes) {
@@ -299,7 +303,7 @@ impl Fixed {
         gathered: &mut [u8],
         units: &mut [f32; CHUNK],
     ) {
-        let data = if is_value { &self.values } else { &self.keys };
+        let data = self.data(is_value);
         let (lanes, wide) = (self.lanes, GRANULE * 2 * self.dim);
         let first = self.exponent(is_value, row - row % lanes, head);
         // SAFETY: the caller's; slices check the bounds.

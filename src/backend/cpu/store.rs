@@ -393,6 +393,11 @@ pub struct Granules {
     data: Shared<u8>,
 }
 
+/// Rows of a granule where a cache block has `rows_per_block`.
+pub fn lanes(rows_per_block: usize) -> usize {
+    1 << rows_per_block.trailing_zeros().min(GRANULE.trailing_zeros())
+}
+
 /// A part of a row within its granule.
 struct Lane {
     /// Where the granule's part begins.
@@ -404,8 +409,7 @@ impl Granules {
     /// For blocks of `rows_per_block` rows, of which the rows are a multiple.
     pub fn new(parts: Parts, rows_per_block: usize, data: Shared<u8>) -> Granules {
         assert!(parts.rows.is_multiple_of(rows_per_block) && parts.fit(&data));
-        let lanes = 1 << rows_per_block.trailing_zeros().min(GRANULE.trailing_zeros());
-        Granules { parts, lanes, data }
+        Granules { parts, lanes: lanes(rows_per_block), data }
     }
 
     pub fn bytes(&self) -> usize {
