@@ -22,8 +22,9 @@ use crate::schedule::{LayerRows, Plan, Row, Store};
 const OWN_ROWS: usize = 8;
 /// Up to so many rows the context is divided among threads.
 const SPLIT_ROWS: usize = 16;
-/// Pieces that a thread's share of a matrix is taken in.
-const PIECES: usize = 16;
+/// Pieces that a thread's share of a matrix is taken in, of many rows and of few: whatever a thread has left is waited for, but of few
+/// rows a sixteenth of a share takes no longer than fetching it does.
+const PIECES: [usize; 2] = [16, 4];
 /// Query vectors that share one conversion of keys and values.
 const TILE_QUERIES: usize = 48;
 
@@ -413,7 +414,8 @@ impl<'a> Phases<'a> {
 
     /// This thread's part of the outputs of `projections`, which follow one another.
     fn multiply(self, convert: &mut [f32], x: &Activations, projections: &[(&Projection, Outputs)]) {
-        for piece in self.pieces(projections.iter().map(|(p, _)| p.matrix.n_tiles()).sum(), 1) {
+        let (n_tiles, n) = (projections.iter().map(|(p, _)| p.matrix.n_tiles()).sum(), projections[0].1.n_rows());
+        for piece in self.pieces(n_tiles, 1, n) {
             let mut from = 0;
             for (p, to) in projections {
                 let tiles = overlap(&piece, from, p.matrix.n_tiles());
@@ -423,10 +425,10 @@ impl<'a> Phases<'a> {
         }
     }
 
-    /// This thread's pieces of `0..n_tiles`, multiples of `grain`: few enough to be read as streams, and none after a request to
-    /// stop, for which many rows would take too long.
-    fn pieces(self, n_tiles: usize, grain: usize) -> impl Iterator<Item = Range<usize>> {
-        let pieces = PIECES * self.w.n * grain;
+    /// This thread's pieces of `0..n_tiles`, multiples of `grain`, for a product of `n` rows: few enough to be read as streams, and
+    /// none after a request to stop, for which many rows would take too long.
+    fn pieces(self, n_tiles: usize, grain: usize, n: usize) -> impl Iterator<Item = Range<usize>> {
+        let pieces = PIECES[usize::from(n <= OWN_ROWS)] * self.w.n * grain;
         self.w.pieces(n_tiles, n_tiles.div_ceil(pieces) * grain).take_while(move |_| !self.is_stopping())
     }
 
@@ -720,7 +722,7 @@ impl<'a> Phases<'a> {
             self.normed(own, self.kept(rows, i), &layer.ffn_norm, NormPlacement::Before)
         })?;
         let (gate, up) = (self.in_order(&s.gate, n), self.in_order(&s.up, n));
-        for tiles in self.pieces(layer.gate.matrix.n_tiles(), 2) {
+        for tiles in self.pieces(layer.gate.matrix.n_tiles(), 2, n) {
             self.multiply_tiles(&mut own.convert, x, &layer.gate, tiles.clone(), &gate);
             self.multiply_tiles(&mut own.convert, x, &layer.up, tiles.clone(), &up);
             let columns = tiles.start * TILE..(tiles.end * TILE).min(h.n_ff);
@@ -812,7 +814,7 @@ impl<'a> Phases<'a> {
         own.rows.clear();
         own.rows.extend(self.plan.outputs.iter().map(|output| output.logits));
         let to = Outputs::new(&s.logits, &own.rows, false);
-        for tiles in self.pieces(s.model.head.n_tiles(), 1) {
+        for tiles in self.pieces(s.model.head.n_tiles(), 1, n) {
             // SAFETY: `inputs` has put in all rows; logits: the columns of this thread's tiles.
             unsafe { s.model.head.tiles(self.kernels, x, tiles, &mut own.convert, None, &to) };
         }

@@ -225,10 +225,11 @@ impl Matrix {
 
     /// Floats of scratch that [`Matrix::tiles`] wants.
     pub fn scratch(&self) -> usize {
-        match self.storage {
+        let converted = match self.storage {
             Storage::Converted { .. } => (TILE + 1) * self.n_in,
             _ => 0,
-        }
+        };
+        MOST_ROWS * TILE + converted
     }
 
     pub fn n_tiles(&self) -> usize {
@@ -262,16 +263,14 @@ impl Matrix {
         to: &Outputs,
     ) {
         let n_in = self.n_in;
-        let mut out = [0.0f32; MOST_ROWS * TILE];
+        let (out, scratch) = scratch.split_at_mut(MOST_ROWS * TILE); // (row, column): what cannot go where it belongs as it is
         match &self.storage {
             Storage::Packed { packing, arena, offset } => {
                 let tile_bytes = packing.tile_bytes(n_in);
                 let bytes = arena.bytes()[*offset..].as_ptr();
                 for tile in tiles {
                     // SAFETY: the constructor checked that all tiles lie in the arena; the caller's for the rest.
-                    unsafe {
-                        self.run_tile(kernels, *packing, bytes.add(tile * tile_bytes), x, tile, &mut out, bias, to)
-                    }
+                    unsafe { self.run_tile(kernels, *packing, bytes.add(tile * tile_bytes), x, tile, out, bias, to) }
                 }
             }
             Storage::Ggml { dot, rows } => {
@@ -311,9 +310,7 @@ impl Matrix {
                         }
                     }
                     // SAFETY: an F32 tile of n_in columns; the caller's for the rest.
-                    unsafe {
-                        self.run_tile(kernels, Packing::F32, columns.as_ptr().cast(), x, tile, &mut out, bias, to)
-                    }
+                    unsafe { self.run_tile(kernels, Packing::F32, columns.as_ptr().cast(), x, tile, out, bias, to) }
                 }
             }
         }
@@ -331,7 +328,7 @@ impl Matrix {
         weights: *const u8,
         x: &Activations,
         tile: usize,
-        out: &mut [f32; MOST_ROWS * TILE],
+        out: &mut [f32],
         bias: Option<&[f32]>,
         to: &Outputs,
     ) {
@@ -383,6 +380,10 @@ impl<'a> Outputs<'a> {
     pub fn new(grid: &'a Grid, rows: &'a [u32], adds: bool) -> Outputs<'a> {
         assert!(rows.iter().all(|&row| (row as usize) < grid.rows()));
         Outputs { grid, rows, adds }
+    }
+
+    pub fn n_rows(&self) -> usize {
+        self.rows.len()
     }
 
     /// Puts or adds some columns of a row in.
