@@ -81,7 +81,7 @@ pub struct Attend<'a> {
     pub head_dim: usize,
     /// Which key/value head.
     pub head: usize,
-    /// `[head_dim][query]`, scaled by 1 / sqrt(head_dim).
+    /// `[head_dim][query]`, scaled by log2(e) / sqrt(head_dim): the softmax is of powers of two.
     pub queries: &'a [f32],
     /// Keys each query may see, in the source's numbers: from, to.
     pub sight: &'a [(u32, u32)],
@@ -90,7 +90,7 @@ pub struct Attend<'a> {
     pub from: usize,
     pub to: usize,
     pub scratch: &'a mut Scratch,
-    /// `[query]`: the largest score, and the sum of the exponentials relative to it.
+    /// `[query]`: the largest score, and the sum of the powers relative to it.
     pub max: &'a mut [f32],
     pub sum: &'a mut [f32],
     /// `[query][padded]`
@@ -109,26 +109,24 @@ impl Attend<'_> {
                 Some(k.place(cache_row(blocks, rows_per_block, key), self.head * self.head_dim))
             }
             Source::Fixed { cache, blocks, rows_per_block } if key < self.to => {
+                let row = cache_row(blocks, rows_per_block, key);
                 // SAFETY: the caller's.
-                Some(unsafe { cache.address::<S>(false, cache_row(blocks, rows_per_block, key), self.head) })
+                unsafe { cache.draw_units::<S>(false, row, self.head) };
+                Some(cache.address(false, row, self.head))
             }
             _ => None,
         }
     }
 
     /// The same of its value.
-    ///
-    /// # Safety
-    /// The CPU has `S`.
     #[inline(always)]
-    unsafe fn value_place<S: Simd>(&self, key: usize) -> Option<*const u8> {
+    fn value_place(&self, key: usize) -> Option<*const u8> {
         match self.source {
             Source::Stored { v, blocks, rows_per_block, .. } if key < self.to => {
                 Some(v.place(cache_row(blocks, rows_per_block, key), self.head * self.head_dim))
             }
             Source::Fixed { cache, blocks, rows_per_block } if key < self.to => {
-                // SAFETY: the caller's.
-                Some(unsafe { cache.address::<S>(true, cache_row(blocks, rows_per_block, key), self.head) })
+                Some(cache.address(true, cache_row(blocks, rows_per_block, key), self.head))
             }
             _ => None,
         }
@@ -160,9 +158,14 @@ pub unsafe fn attend<S: Simd>(a: &mut Attend) {
         // SAFETY: the lengths were checked above; offsets below stay within them.
         unsafe {
             let scores = a.scratch.scores.as_mut_ptr();
+            if let Source::Fixed { cache, blocks, rows_per_block } = a.source {
+                // The softmax asks for all of a run's at once.
+                let rows = (from..end).step_by(LINE).map(|at| cache_row(blocks, rows_per_block, at));
+                rows.for_each(|row| cache.draw_units::<S>(true, row, a.head));
+            }
             for at in (from..end).step_by(CHUNK) {
                 let count = (end - at).min(CHUNK);
-                let next = if at + count < end { a.key_place::<S>(at + count) } else { a.value_place::<S>(from) };
+                let next = if at + count < end { a.key_place::<S>(at + count) } else { a.value_place(from) };
                 if let Source::Fixed { cache, blocks, rows_per_block } = a.source {
                     let row = |i| cache_row(blocks, rows_per_block, at + i);
                     let to = scores.add(at - from);
@@ -174,6 +177,10 @@ pub unsafe fn attend<S: Simd>(a: &mut Attend) {
                 right.product::<S, 1>(shape, (a.queries.as_ptr(), n), (scores.add(at - from), RUN), false, next);
             }
             let columns = (end - from).next_multiple_of(GRANULE);
+            if let Source::Fixed { cache, blocks, rows_per_block } = a.source {
+                let row = |i| cache_row(blocks, rows_per_block, from + i);
+                cache.take_units(a.head, end - from, row, &mut a.scratch.integers);
+            }
             for q in 0..n {
                 let (low, high) = a.sight[q];
                 let low = (low as usize).saturating_sub(from).min(columns);
@@ -181,18 +188,29 @@ pub unsafe fn attend<S: Simd>(a: &mut Attend) {
                 let row = std::slice::from_raw_parts_mut(scores.add(q * RUN), columns);
                 if low >= high {
                     row.fill(0.0);
+                    a.scratch.integers.set_weights(q, 0.0);
                     continue;
                 }
                 row[..low].fill(f32::NEG_INFINITY);
                 row[high..].fill(f32::NEG_INFINITY);
-                softmax_step::<S>(row, &mut a.max[q], &mut a.sum[q], &mut a.acc[q * width..(q + 1) * width]);
+                let (max, sum, acc) = (&mut a.max[q], &mut a.sum[q], &mut a.acc[q * width..(q + 1) * width]);
+                if let Source::Fixed { .. } = a.source {
+                    let mut weights = a.scratch.integers.weights::<S>();
+                    softmax_step::<S>(row, max, sum, acc, |i, e| weights.scale(i, e));
+                    let unit = weights.round(row);
+                    a.scratch.integers.set_weights(q, unit);
+                } else {
+                    softmax_step::<S>(row, max, sum, acc, |_, e| e);
+                }
             }
             for at in (from..end).step_by(CHUNK) {
                 let count = (end - at).min(CHUNK);
-                let next = if at + count < end { a.value_place::<S>(at + count) } else { a.key_place::<S>(end) };
+                let next = if at + count < end { a.value_place(at + count) } else { a.key_place::<S>(end) };
                 if let Source::Fixed { cache, blocks, rows_per_block } = a.source {
                     let row = |i| cache_row(blocks, rows_per_block, at + i);
-                    let (weights, acc, integers) = (scores.add(at - from), a.acc.as_mut_ptr(), &mut a.scratch.integers);
+                    // Two weights are as large as a score was.
+                    let weights = scores.add((at - from) / 2).cast_const().cast();
+                    let (acc, integers) = (a.acc.as_mut_ptr(), &mut a.scratch.integers);
                     fixed::add_values::<S>(cache, a.head, (n, count), row, integers, weights, acc, next);
                     continue;
                 }
@@ -205,12 +223,19 @@ pub unsafe fn attend<S: Simd>(a: &mut Attend) {
     }
 }
 
-/// Turns a run's scores into weights relative to the new maximum, and brings what was summed before to it.
+/// Turns a run's scores into weights relative to the new maximum, and brings what was summed before to it. What `keep` makes of the
+/// weights from an index on is left in their place.
 ///
 /// # Safety
 /// The CPU has `S`; lengths are multiples of 16.
 #[inline(always)]
-unsafe fn softmax_step<S: Simd>(scores: &mut [f32], max: &mut f32, sum: &mut f32, acc: &mut [f32]) {
+unsafe fn softmax_step<S: Simd>(
+    scores: &mut [f32],
+    max: &mut f32,
+    sum: &mut f32,
+    acc: &mut [f32],
+    mut keep: impl FnMut(usize, S::F) -> S::F,
+) {
     // SAFETY: whole vectors of slices whose lengths LANES divides.
     unsafe {
         let p = scores.as_mut_ptr();
@@ -221,12 +246,12 @@ unsafe fn softmax_step<S: Simd>(scores: &mut [f32], max: &mut f32, sum: &mut f32
         let new = max.max(S::reduce_max(largest));
         let mut total = S::splat(0.0);
         for i in (0..scores.len()).step_by(S::LANES) {
-            let e = S::exp(S::add(S::load(p.add(i)), S::splat(-new)));
+            let e = S::exp2(S::add(S::load(p.add(i)), S::splat(-new)));
             total = S::add(total, e);
-            S::store(p.add(i), e);
+            S::store(p.add(i), keep(i, e));
         }
         if new > *max {
-            let shrink = exp::<S>(*max - new);
+            let shrink = exp2::<S>(*max - new);
             *sum *= shrink;
             for i in (0..acc.len()).step_by(S::LANES) {
                 let at = acc.as_mut_ptr().add(i);
@@ -534,7 +559,7 @@ impl<const N: usize, const ROW: usize> Block<N, ROW> {
 }
 
 /// Adds a part to a running total over a query's parts: `[padded]` sums of values, then the largest score and the sum of
-/// exponentials. A total begins as zeros and a largest score of -infinity ([`begin`]).
+/// powers. A total begins as zeros and a largest score of -infinity ([`begin`]).
 ///
 /// # Safety
 /// The CPU has `S`.
@@ -551,7 +576,7 @@ pub unsafe fn merge<S: Simd>(total: &mut [f32], max: f32, sum: f32, acc: &[f32])
     }
     let new = total_max.max(max);
     // SAFETY: the caller's.
-    let (before, here) = unsafe { (exp::<S>(*total_max - new), exp::<S>(max - new)) };
+    let (before, here) = unsafe { (exp2::<S>(*total_max - new), exp2::<S>(max - new)) };
     total.iter_mut().zip(acc).for_each(|(total, part)| *total = *total * before + part * here);
     *total_sum = *total_sum * before + sum * here;
     *total_max = new;
@@ -572,9 +597,9 @@ pub fn finish(total: &[f32], out: &mut [f32]) {
 /// # Safety
 /// The CPU has `S`.
 #[inline(always)]
-unsafe fn exp<S: Simd>(x: f32) -> f32 {
+unsafe fn exp2<S: Simd>(x: f32) -> f32 {
     let mut all = [0.0f32; 16];
     // SAFETY: 16 elements are a vector of any instruction set.
-    unsafe { S::store(all.as_mut_ptr(), S::exp(S::splat(x))) };
+    unsafe { S::store(all.as_mut_ptr(), S::exp2(S::splat(x))) };
     all[0]
 }

@@ -586,12 +586,12 @@ impl<'a> Phases<'a> {
         own.tiles = tiles;
     }
 
-    /// A tile's query vectors of one key/value head, scaled, as columns.
+    /// A tile's query vectors of one key/value head, scaled, as columns: in units in which scores are powers of two.
     fn load_queries(self, own: &mut Own, rows: &LayerRows, tile: &QueryTile, head: usize) {
         let (s, h) = (self.s, self.h);
         let dim = h.head_dim;
         let group = h.n_heads / h.n_kv_heads;
-        let scale = 1.0 / (dim as f32).sqrt();
+        let scale = std::f32::consts::LOG2_E / (dim as f32).sqrt();
         for i in 0..tile.n {
             let entering = rows.keep[tile.first + i] as usize;
             // SAFETY: phases.

@@ -142,24 +142,28 @@ impl Fixed {
     pub unsafe fn draw_first<S: Simd>(&self, row: usize, head: usize) {
         // SAFETY: the caller's.
         unsafe {
-            let keys = self.address::<S>(false, row, head);
+            self.draw_units::<S>(false, row, head);
+            let keys = self.address(false, row, head);
             (0..CHUNK * 2 * self.dim).step_by(LINE).for_each(|at| S::prefetch_l2(keys.wrapping_add(at)));
-            self.address::<S>(true, row, head);
         }
     }
 
-    /// The address of a row's granule of keys or of values: to prefetch, as are the exponents from there on, which are so few that no
-    /// prefetcher of the CPU sees them coming.
+    /// The address of a row's granule of keys or of values: to prefetch.
+    #[inline(always)]
+    pub fn address(&self, is_value: bool, row: usize, head: usize) -> *const u8 {
+        self.data(is_value).as_ptr().cast_const().wrapping_add(self.granule(row, head))
+    }
+
+    /// Draws the exponents of rows from this one on into the cache, a line of them: they are so few that no prefetcher of the CPU sees
+    /// them coming.
     ///
     /// # Safety
     /// The CPU has `S`.
     #[inline(always)]
-    pub unsafe fn address<S: Simd>(&self, is_value: bool, row: usize, head: usize) -> *const u8 {
-        let data = self.data(is_value);
+    pub unsafe fn draw_units<S: Simd>(&self, is_value: bool, row: usize, head: usize) {
         let exponents = self.exponents.as_ptr().cast_const().wrapping_add(self.exponent(is_value, row, head));
         // SAFETY: the caller's.
-        unsafe { S::prefetch(exponents) };
-        data.as_ptr().cast_const().wrapping_add(self.granule(row, head))
+        unsafe { S::prefetch(exponents) }
     }
 
     /// Whole heads from element `first` of the row on; `scratch` has room for one.
@@ -246,7 +250,7 @@ impl Fixed {
         }
     }
 
-    /// Where the granules of up to [`CHUNK`] rows begin, and the units of the rows, 0 for those that are not asked for.
+    /// Where the granules of up to [`CHUNK`] rows begin.
     ///
     /// # Safety
     /// Nobody writes the rows meanwhile.
@@ -261,55 +265,59 @@ impl Fixed {
     ) -> Chunk {
         assert!(rows <= CHUNK);
         let data = self.data(is_value);
-        let mut chunk = Chunk { granules: [data.as_ptr(); CHUNK / GRANULE], units: [0.0; CHUNK] };
+        let mut chunk = [data.as_ptr().cast_const(); CHUNK / GRANULE];
         if self.lanes < GRANULE {
             for i in (0..rows).step_by(self.lanes) {
                 // SAFETY: the caller's.
-                unsafe { self.gather(is_value, row(i), head, i, gathered, &mut chunk.units) };
+                unsafe { self.gather(is_value, row(i), head, i, gathered) };
             }
-            chunk.units[rows..].fill(0.0);
-            for (i, granule) in chunk.granules.iter_mut().enumerate() {
+            for (i, granule) in chunk.iter_mut().enumerate() {
                 *granule = gathered[i * GRANULE * 2 * self.dim..][..GRANULE * 2 * self.dim].as_ptr();
             }
             return chunk;
         }
-        for i in 0..rows.div_ceil(GRANULE) {
-            let first = row(GRANULE * i);
-            // SAFETY: the caller's; slices check the bounds.
-            let (place, exponents) = unsafe {
-                (
-                    data.slice(self.granule(first, head), GRANULE * 2 * self.dim).as_ptr(),
-                    self.exponents.slice(self.exponent(is_value, first - first % GRANULE, head), GRANULE),
-                )
-            };
-            chunk.granules[i] = place;
-            chunk.units[GRANULE * i..].iter_mut().zip(exponents).for_each(|(u, &e)| *u = unit(e));
+        for (i, granule) in chunk.iter_mut().take(rows.div_ceil(GRANULE)).enumerate() {
+            // SAFETY: the caller's; the slice checks the bounds.
+            *granule = unsafe { data.slice(self.granule(row(GRANULE * i), head), GRANULE * 2 * self.dim) }.as_ptr();
         }
-        chunk.units[rows..].fill(0.0);
         chunk
     }
 
-    /// Copies a narrow granule to where rows `i` and on of a chunk of wide ones lie, and their units.
+    /// The units of keys or values, 0 for those beyond `rows`.
+    ///
+    /// # Safety
+    /// Nobody writes the rows meanwhile.
+    #[inline(always)]
+    unsafe fn units(&self, is_value: bool, head: usize, rows: usize, row: impl Fn(usize) -> usize, units: &mut [f32]) {
+        for i in (0..rows).step_by(self.lanes) {
+            let first = row(i);
+            let first = self.exponent(is_value, first - first % self.lanes, head);
+            // SAFETY: the caller's; the slice checks the bounds.
+            let exponents = unsafe { self.exponents.slice(first, self.lanes) };
+            units[i..].iter_mut().zip(exponents).for_each(|(u, &e)| *u = unit(e));
+        }
+        units[rows..].fill(0.0);
+    }
+
+    /// Takes the units of a run's values: for [`Weights`].
+    ///
+    /// # Safety
+    /// Nobody writes the rows meanwhile.
+    #[inline(always)]
+    pub unsafe fn take_units(&self, head: usize, rows: usize, row: impl Fn(usize) -> usize, integers: &mut Integers) {
+        // SAFETY: the caller's.
+        unsafe { self.units(true, head, rows, row, &mut integers.of_values) }
+    }
+
+    /// Copies a narrow granule to where rows `i` and on of a chunk of wide ones lie.
     ///
     /// # Safety
     /// Nobody writes the granule meanwhile.
     #[inline(never)] // it would crowd the loops of whole granules
-    unsafe fn gather(
-        &self,
-        is_value: bool,
-        row: usize,
-        head: usize,
-        i: usize,
-        gathered: &mut [u8],
-        units: &mut [f32; CHUNK],
-    ) {
-        let data = self.data(is_value);
+    unsafe fn gather(&self, is_value: bool, row: usize, head: usize, i: usize, gathered: &mut [u8]) {
         let (lanes, wide) = (self.lanes, GRANULE * 2 * self.dim);
-        let first = self.exponent(is_value, row - row % lanes, head);
-        // SAFETY: the caller's; slices check the bounds.
-        let (from, exponents) =
-            unsafe { (data.slice(self.granule(row, head), lanes * 2 * self.dim), self.exponents.slice(first, lanes)) };
-        units[i..i + lanes].iter_mut().zip(exponents).for_each(|(u, &e)| *u = unit(e));
+        // SAFETY: the caller's; the slice checks the bounds.
+        let from = unsafe { self.data(is_value).slice(self.granule(row, head), lanes * 2 * self.dim) };
         let (to, lane) = (&mut gathered[i / GRANULE * wide..][..wide], i % GRANULE);
         match (is_value, lanes) {
             (false, _) => widen::<PAIR>(from, lanes, lane, to),
@@ -328,11 +336,8 @@ fn value_in_granule(lane: usize, dim: usize) -> (usize, usize) {
     (lane / 2 * dim * PAIR + lane % 2 * 2, PAIR)
 }
 
-/// What a chunk of keys or values is.
-struct Chunk {
-    granules: [*const u8; CHUNK / GRANULE],
-    units: [f32; CHUNK],
-}
+/// The granules of a chunk of keys or values.
+type Chunk = [*const u8; CHUNK / GRANULE];
 
 /// Queries and weights of a thread as integers.
 pub struct Integers {
@@ -340,7 +345,7 @@ pub struct Integers {
     units: Vec<f32>,      // (query): of the queries
     factors: Vec<f32>,    // (16, query)
     rounded: Vec<u16>,    // (head_dim, query)
-    weights: Vec<i32>,    // (query, CHUNK / 2) of pairs
+    of_values: Vec<f32>,  // (RUN): the units of a run's values
     of_weights: Vec<f32>, // (query): the units of the weights
     gathered: Vec<u8>,    // (CHUNK / 16) granules of narrow ones
 }
@@ -350,7 +355,7 @@ impl Integers {
         Integers {
             queries: vec![0; queries * head_dim / 2],
             units: vec![0.0; queries],
-            weights: vec![0; queries * CHUNK / 2],
+            of_values: vec![0.0; RUN],
             of_weights: vec![0.0; queries],
             factors: vec![0.0; GRANULE * queries],
             rounded: vec![0; queries * head_dim],
@@ -359,8 +364,24 @@ impl Integers {
     }
 
     pub fn bytes(&self) -> usize {
-        let floats = self.units.len() + self.factors.len() + self.of_weights.len();
-        4 * (self.queries.len() + self.weights.len() + floats) + 2 * self.rounded.len() + self.gathered.len()
+        let floats = self.units.len() + self.factors.len() + self.of_values.len() + self.of_weights.len();
+        4 * (self.queries.len() + floats) + 2 * self.rounded.len() + self.gathered.len()
+    }
+
+    /// A query's weights begin.
+    ///
+    /// # Safety
+    /// The CPU has `S`.
+    #[inline(always)]
+    pub unsafe fn weights<S: Simd>(&self) -> Weights<S> {
+        // SAFETY: the caller's.
+        let zero = unsafe { S::splat(0.0) };
+        Weights { of_values: self.of_values.as_ptr(), total: zero, largest: zero }
+    }
+
+    /// What a query's weights are worth; 0 for one that sees nothing of a run.
+    pub fn set_weights(&mut self, query: usize, unit: f32) {
+        self.of_weights[query] = unit;
     }
 
     /// Takes `n` queries, `[head_dim][query]` with a multiple of 16 dimensions. Their integers are so large that no sum of products with a key's exceeds 31 bits: by
@@ -394,6 +415,57 @@ impl Integers {
             for ((pair, &even), &odd) in pairs.iter_mut().zip(even).zip(odd) {
                 *pair = (u32::from(even) | u32::from(odd) << 16) as i32;
             }
+        }
+    }
+}
+
+/// A query's weights of a run on their way to integers: each times its value's unit, their unit such that their sum is below 2^17, what
+/// products with values of 14 digits allow, and none is beyond 16 bits. So none is off by more than 2^-18 of their sum or, if that is
+/// more, 2^-16 of the largest.
+pub struct Weights<S: Simd> {
+    /// `[RUN]`
+    of_values: *const f32,
+    total: S::F,
+    largest: S::F,
+}
+
+impl<S: Simd> Weights<S> {
+    /// Weights from index `i` on, times their values' units.
+    ///
+    /// # Safety
+    /// The CPU has `S`; a vector of units lies at `i`.
+    #[inline(always)]
+    pub unsafe fn scale(&mut self, i: usize, weights: S::F) -> S::F {
+        // SAFETY: the caller's.
+        unsafe {
+            let x = S::mul(weights, S::load(self.of_values.add(i)));
+            self.total = S::add(self.total, x);
+            self.largest = S::max(self.largest, x);
+            x
+        }
+    }
+
+    /// Leaves integers, two to an element, in the first half of the `scaled` weights; tells their unit.
+    ///
+    /// # Safety
+    /// The CPU has `S`; `scaled` are whole vectors.
+    #[inline(always)]
+    pub unsafe fn round(self, scaled: &mut [f32]) -> f32 {
+        // A hundredth less: for roundings, of half an integer to a weight.
+        const MOST: f32 = 0.99 * (1u32 << (31 - DIGITS)) as f32;
+        // SAFETY: whole vectors; each is read before its integers, which lie no farther on, are written.
+        unsafe {
+            let total = S::reduce_add(self.total);
+            let mut unit = total;
+            if total.is_finite() {
+                unit = (total / MOST).max(S::reduce_max(self.largest) / f32::from(i16::MAX));
+            }
+            let inverse = S::splat(reciprocal(unit));
+            let p = scaled.as_mut_ptr();
+            for i in (0..scaled.len()).step_by(S::LANES) {
+                S::store_i16(p.cast::<i16>().add(i), S::to_i(S::mul(S::load(p.add(i)), inverse)));
+            }
+            unit
         }
     }
 }
@@ -552,18 +624,18 @@ impl Blocks {
     }
 }
 
-/// A product that is under way.
+/// A block of a product.
 struct Product<'a> {
-    chunk: &'a Chunk,
+    granules: &'a [*const u8],
     dim: usize,
-    /// Rows of A in all.
-    n: usize,
-    /// Granules of values that are added up.
-    granules: usize,
-    /// Row and column of the block.
     row: usize,
     column: usize,
-    integers: &'a Integers,
+    /// Where A is, in pairs, and how far apart its columns or its rows are.
+    a: *const i32,
+    apart: usize,
+    /// Units of A's rows, and of the keys.
+    units: &'a [f32],
+    of_keys: &'a [f32],
     to: *mut f32,
 }
 
@@ -582,10 +654,13 @@ pub unsafe fn scores<S: Simd>(
     scores: *mut f32,
     next: Option<*const u8>,
 ) {
+    let (dim, mut of_keys) = (cache.dim, [0.0; CHUNK]);
     // SAFETY: the caller's.
-    let chunk = &unsafe { cache.chunk(false, head, count, row, &mut integers.gathered) };
-    let (dim, integers) = (cache.dim, &*integers);
-    assert!(integers.queries.len() >= n * dim / 2 && integers.units.len() >= n);
+    let granules = &unsafe {
+        cache.units(false, head, count, &row, &mut of_keys);
+        cache.chunk(false, head, count, &row, &mut integers.gathered)
+    };
+    let (a, units, of_keys) = (integers.queries[..n * dim / 2].as_ptr(), &integers.units[..n], &of_keys);
     let mut ahead = Ahead::NOTHING;
     let mut blocks = Blocks::new::<S>(n, count.next_multiple_of(GRANULE));
     while let Some((row, m, column, vectors)) = blocks.next() {
@@ -596,7 +671,7 @@ pub unsafe fn scores<S: Simd>(
                 (ahead.streams, ahead.apart) = (granules.trailing_zeros(), 2 * GRANULE * dim);
             }
         }
-        let p = Product { chunk, dim, n, granules: 0, row, column, integers, to: scores };
+        let p = Product { granules, dim, row, column, a, apart: n, units, of_keys, to: scores };
         // SAFETY: blocks stay within rows and columns.
         unsafe { constants!(m, vectors, score_block(&p, &mut ahead)) }
     }
@@ -611,25 +686,25 @@ unsafe fn score_block<S: Simd, const M: usize, const V: usize>(p: &Product, ahea
     }
     // SAFETY: the caller's: the block lies in all matrices.
     unsafe {
-        let a = p.integers.queries.as_ptr().add(p.row);
+        let a = p.a.add(p.row);
         let b = std::array::from_fn(|v| {
             let column = p.column + v * S::LANES;
-            p.chunk.granules[column / GRANULE].add(column % GRANULE * PAIR)
+            p.granules[column / GRANULE].add(column % GRANULE * PAIR)
         });
-        let sums = Sums::<S, M, V>::zero().add::<1>((a, p.n), (b, GRANULE * PAIR), p.dim / 2, ahead);
+        let sums = Sums::<S, M, V>::zero().add::<1>((a, p.apart), (b, GRANULE * PAIR), p.dim / 2, ahead);
         for v in 0..V {
             let column = p.column + v * S::LANES;
-            let units = S::load(p.chunk.units.as_ptr().add(column));
+            let of_keys = S::load(p.of_keys.as_ptr().add(column));
             for m in 0..M {
-                let unit = S::mul(units, S::splat(*p.integers.units.as_ptr().add(p.row + m)));
+                let unit = S::mul(of_keys, S::splat(*p.units.as_ptr().add(p.row + m)));
                 S::store(p.to.add((p.row + m) * RUN + column), S::mul(S::to_f(sums.0[m][v]), unit));
             }
         }
     }
 }
 
-/// Adds up to [`CHUNK`] values, times their weights in `weights`, `[query][RUN]`, which are lost, to `acc`, `[query][head_dim]`. The weights of a
-/// chunk, each times its value's unit, are integers whose sum is 2^15: none is off by more than 2^-16 of their sum. The rest as for [`scores`].
+/// Adds up to [`CHUNK`] values, times their `weights`, `[query][RUN]` of pairs as [`Weights::round`] has left them, to `acc`,
+/// `[query][head_dim]`. The rest as for [`scores`].
 ///
 /// # Safety
 /// The CPU has `S`; nobody writes the values meanwhile; the matrices lie behind the pointers, weights in whole granules.
@@ -641,41 +716,21 @@ pub unsafe fn add_values<S: Simd>(
     (n, count): (usize, usize),
     row: impl Fn(usize) -> usize,
     integers: &mut Integers,
-    weights: *mut f32,
+    weights: *const i32,
     acc: *mut f32,
     next: Option<*const u8>,
 ) {
     // SAFETY: the caller's.
-    let chunk = &unsafe { cache.chunk(true, head, count, row, &mut integers.gathered) };
-    let dim = cache.dim;
-    let columns = count.next_multiple_of(GRANULE);
-    assert!(integers.weights.len() >= n * CHUNK / 2 && integers.of_weights.len() >= n);
-    for q in 0..n {
-        // SAFETY: whole vectors of a query's weights and of the units; LANES divides 16.
-        unsafe {
-            let (p, to) = (weights.add(q * RUN), integers.weights.as_mut_ptr().add(q * CHUNK / 2).cast::<i16>());
-            let mut total = S::splat(0.0);
-            for i in (0..columns).step_by(S::LANES) {
-                let x = S::mul(S::load(p.add(i)), S::load(chunk.units.as_ptr().add(i)));
-                S::store(p.add(i), x);
-                total = S::add(total, x);
-            }
-            let total = S::reduce_add(total);
-            let inverse = S::splat(f32::from(i16::MAX) * reciprocal(total));
-            for i in (0..columns).step_by(S::LANES) {
-                S::store_i16(to.add(i), S::to_i(S::mul(S::load(p.add(i)), inverse)));
-            }
-            integers.of_weights[q] = total * (1.0 / f32::from(i16::MAX));
-        }
-    }
-    let integers = &*integers;
+    let granules = &unsafe { cache.chunk(true, head, count, row, &mut integers.gathered) };
+    let granules = &granules[..count.div_ceil(GRANULE)];
+    let (dim, units) = (cache.dim, &integers.of_weights[..n]);
     let mut ahead = Ahead::NOTHING;
     let mut blocks = Blocks::new::<S>(n, dim);
     while let Some((row, m, column, vectors)) = blocks.next() {
         if let (0, Some(next)) = (row, next) {
             ahead = Ahead::new::<S>(next.wrapping_add(2 * column * count), vectors, blocks.of_rows());
         }
-        let p = Product { chunk, dim, n, granules: columns / GRANULE, row, column, integers, to: acc };
+        let p = Product { granules, dim, row, column, a: weights, apart: 1, units, of_keys: &[], to: acc };
         // SAFETY: blocks stay within rows and columns.
         unsafe { constants!(m, vectors, value_block(&p, &mut ahead)) }
     }
@@ -689,18 +744,17 @@ unsafe fn value_block<S: Simd, const M: usize, const V: usize>(p: &Product, ahea
         return; // never asked for
     }
     const STEPS: usize = GRANULE / 2;
-    const ROW: usize = CHUNK / 2;
     // SAFETY: the caller's: the block lies in all matrices.
     unsafe {
         let mut sums = Sums::<S, M, V>::zero();
-        let mut a = p.integers.weights.as_ptr().add(p.row * ROW);
-        for granule in &p.chunk.granules[..p.granules] {
+        let mut a = p.a.add(p.row * RUN);
+        for granule in p.granules {
             let b = std::array::from_fn(|v| granule.add((p.column + v * S::LANES) * PAIR));
-            sums = sums.add::<ROW>((a, 1), (b, p.dim * PAIR), STEPS, ahead);
+            sums = sums.add::<RUN>((a, p.apart), (b, p.dim * PAIR), STEPS, ahead);
             a = a.wrapping_add(STEPS);
         }
         for m in 0..M {
-            let unit = S::splat(*p.integers.of_weights.as_ptr().add(p.row + m));
+            let unit = S::splat(*p.units.as_ptr().add(p.row + m));
             for v in 0..V {
                 let to = p.to.add((p.row + m) * p.dim + p.column + v * S::LANES);
                 S::store(to, S::fma(S::to_f(sums.0[m][v]), unit, S::load(to)));
@@ -832,5 +886,42 @@ mod tests {
             integers.take(&vec![f32::INFINITY; dim], 1);
             assert!(integers.units[0].is_infinite());
         }
+    }
+
+    /// Weights of a run: none beyond 16 bits, no sum of products with values beyond 31, each as near as is said; what is no number stays
+    /// none.
+    #[test]
+    fn weights_fit() {
+        use crate::backend::cpu::simd::{Tiled, plain::Plain};
+        let mut integers = Integers::new(1, 16);
+        let mut round = |weights: &mut [f32; RUN], of_values: f32| {
+            integers.of_values.fill(of_values);
+            // SAFETY: Plain runs everywhere; all are RUN long, 16 is whole vectors.
+            unsafe {
+                let mut w = integers.weights::<Plain>();
+                for i in (0..RUN).step_by(Plain::LANES) {
+                    let scaled = w.scale(i, Plain::load(weights.as_ptr().add(i)));
+                    Plain::store(weights.as_mut_ptr().add(i), scaled);
+                }
+                w.round(weights)
+            }
+        };
+        for spread in [0.0, 1e-3, 0.05, 0.4, 3.0, 80.0] {
+            let weights: [f32; RUN] = std::array::from_fn(|i| (-spread * (i * 37 % RUN) as f32).exp2());
+            let mut scaled = weights;
+            let unit = round(&mut scaled, 0.125);
+            let found: Vec<i16> =
+                scaled[..RUN / 2].iter().flat_map(|x| [x.to_bits() as i16, (x.to_bits() >> 16) as i16]).collect();
+            let sum: i64 = found.iter().map(|&w| i64::from(w)).sum();
+            assert!(found.iter().all(|&w| w >= 0) && sum << DIGITS < 1 << 31, "{sum} of {spread}");
+            let total: f32 = weights.iter().sum();
+            let bound = 1.02 * (total / (1 << 18) as f32).max(1.0 / (1 << 16) as f32);
+            for (w, found) in weights.iter().zip(found) {
+                assert!((w - f32::from(found) * unit * 8.0).abs() <= bound, "{found} is {w} of {spread}");
+            }
+        }
+        assert_eq!(round(&mut [0.0; RUN], 1.0), 0.0);
+        assert!(round(&mut [0.0; RUN], f32::INFINITY).is_nan());
+        assert!(!round(&mut [1.0; RUN], f32::INFINITY).is_finite());
     }
 }

@@ -404,8 +404,8 @@ fn attention_is_right_for_every_cache() {
                 // The second split of the context, which may begin within a block.
                 sources.push((stored, (256, c.stored)));
             }
-            // As scaled by 1 / sqrt(head_dim): scores of some -10 to 10 for every size of head.
-            let size = 9.0 / (c.head_dim as f32).sqrt();
+            // As scaled by log2(e) / sqrt(head_dim): scores of some -15 to 15 for every size of head.
+            let size = 13.0 / (c.head_dim as f32).sqrt();
             let queries: Vec<f32> = (0..c.queries * c.head_dim).map(|_| noise.float() * size).collect();
             for (source, (low, high)) in sources {
                 let is_hidden = matches!(source, Source::Hidden { .. });
@@ -466,8 +466,8 @@ fn attention_is_right_for_every_cache() {
                             {
                                 let score: f64 =
                                     query.iter().zip(key).map(|(&q, &k)| f64::from(q) * f64::from(k)).sum();
-                                total += score.exp();
-                                expected.iter_mut().zip(value).for_each(|(e, &v)| *e += score.exp() * f64::from(v));
+                                total += score.exp2();
+                                expected.iter_mut().zip(value).for_each(|(e, &v)| *e += score.exp2() * f64::from(v));
                             }
                             if from == to {
                                 assert_eq!((max[q], sum[q]), (f32::NEG_INFINITY, 0.0));
@@ -495,14 +495,22 @@ fn attention_is_right_for_every_cache() {
 #[test]
 fn exponentials() {
     fn check<S: Simd>() {
-        for i in -9000..=870 {
-            let x = i as f32 / 10.0;
-            let mut out = [0.0f32; TILE];
+        for i in -20000..=12700 {
+            let x = i as f32 / 100.0;
+            let wide = f64::from(x);
+            let (mut two, mut e) = ([0.0f32; TILE], [0.0f32; TILE]);
             // SAFETY: called for instruction sets that were found.
-            unsafe { S::store(out.as_mut_ptr(), S::exp(S::splat(x))) };
-            let expected = if x < -87.0 { 0.0 } else { f64::from(x).exp() };
-            let error = (f64::from(out[0]) - expected).abs();
-            assert!(error <= 4e-7 * expected, "exp({x}) = {}, expected {expected}", out[0]);
+            unsafe {
+                S::store(two.as_mut_ptr(), S::exp2(S::splat(x)));
+                S::store(e.as_mut_ptr(), S::exp(S::splat(x.min(87.0))));
+            }
+            for (name, found, expected, bound) in [
+                ("exp2", two[0], if x < -125.0 { 0.0 } else { wide.exp2() }, 3e-7),
+                ("exp", e[0], if x < -86.0 { 0.0 } else { wide.min(87.0).exp() }, 4e-7),
+            ] {
+                let error = (f64::from(found) - expected).abs();
+                assert!(error <= bound * expected, "{name}({x}) = {found}, expected {expected}");
+            }
         }
     }
     check::<Plain>();
