@@ -4,7 +4,7 @@
     bench/compare.py --llama LLAMA_BIN_FOLDER [--threads 2] [--rounds 3] [--prompt 512] MODEL.gguf ...
 
 LLAMA_BIN_FOLDER holds llama-bench and llama-batched-bench, built natively for this machine. One round times llama.cpp's prefill and
-decode, its steps of 1, 2, 3, 4 and 8 rows (as many sequences), then libphd's prefill, its steps at K = 1, 2, 3, 4 and 8, and 1 to 32
+decode (llama-bench), its steps of 1, 2, 3, 4 and 8 rows (as many sequences), then libphd's prefill and decode, its steps at K = 1, 2, 3, 4 and 8, and 1 to 32
 sequences that decode together with K = 1; rounds alternate, so that both meet the same disturbances.
 """
 import argparse
@@ -30,7 +30,7 @@ def main():
     rows = [1, 2, 3, 4, 8]
     together = [1, 2, 4, 8, 16, 32]
     for model in args.models:
-        prefill, decode, step, batch = {"llama": [], "phd": []}, [], {}, {}
+        prefill, decode, step, batch = {"llama": [], "phd": []}, {"llama": [], "phd": []}, {}, {}
         gb_per_second, variant = [], ""
         for _ in range(args.rounds):
             threads = ["-t", str(args.threads)]
@@ -38,7 +38,7 @@ def main():
                 run([f"{args.llama}/llama-bench", "-m", model, "-p", str(args.prompt), "-n", "48", "-r", "1", "-o", "json"] + threads)
             )
             prefill["llama"].append(out[0]["avg_ts"])
-            decode.append(out[1]["avg_ts"])
+            decode["llama"].append(out[1]["avg_ts"])
             counts = ",".join(map(str, rows))
             out = run(
                 [f"{args.llama}/llama-batched-bench", "-m", model, "-c", "4096", "-npp", "64", "-ntg", "24", "-npl", counts + ",16,32",
@@ -48,11 +48,11 @@ def main():
                 result = json.loads(line)
                 step.setdefault(("llama", result["pl"]), []).append(1e3 * result["t_tg"] / result["tg"])
             out = json.loads(
-                run([args.phd, "bench", model, "--prompt", str(args.prompt), "--prefills", "1", "--context", "64", "--copies-list",
+                run([args.phd, "bench", model, "--prompt", str(args.prompt), "--prefills", "1", "--decode", "48", "--context", "64", "--copies-list",
                      counts, "--steps", "24", "--json"] + threads)
             )
             batches = json.loads(
-                run([args.phd, "bench", model, "--prompt", "0", "--context", "64", "--copies-list", "1", "--sequences",
+                run([args.phd, "bench", model, "--prompt", "0", "--decode", "0", "--context", "64", "--copies-list", "1", "--sequences",
                      ",".join(map(str, together)), "--steps", "24", "--json"] + threads)
             )
             for t in batches["together"]:
@@ -60,14 +60,14 @@ def main():
             variant = out["backend"]
             gb_per_second.append(out["bandwidth_gb_per_second"])
             prefill["phd"].append(out["prefill"][0]["tokens_per_second"])
+            decode["phd"].append(out["decode"][0]["tokens_per_second"])
             for s in out["steps"]:
                 step.setdefault(("phd", s["copies"]), []).append(s["ms"])
-        ours, theirs = (statistics.median(prefill[who]) for who in ("phd", "llama"))
+        (ours, theirs), (our_decode, their_decode) = ([statistics.median(figure[who]) for who in ("phd", "llama")] for figure in (prefill, decode))
         print(f"\n**{os.path.basename(model)}**, {variant}, {args.threads} threads, memory reads at {statistics.median(gb_per_second):.0f} GB/s\n")
         print(f"| | libphd | llama.cpp | ratio |\n| --- | --- | --- | --- |")
         print(f"| prefill of {args.prompt}, tok/s | {ours:.0f} | {theirs:.0f} | {ours / theirs:.2f} |")
-        ours, theirs = 1e3 / statistics.median(step["phd", 1]), statistics.median(decode)
-        print(f"| decode at K = 1, tok/s (llama-bench) | {ours:.0f} | {theirs:.0f} | {ours / theirs:.2f} |")
+        print(f"| decode of 48 at K = 1, tok/s | {our_decode:.0f} | {their_decode:.0f} | {our_decode / their_decode:.2f} |")
         first = {who: statistics.median(step[who, 1]) for who in ("phd", "llama")}
         for n in rows:
             ours, theirs = (statistics.median(step[who, n]) for who in ("phd", "llama"))

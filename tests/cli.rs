@@ -127,7 +127,12 @@ fn info_and_bench_report() {
         "1,3",
     ];
     let json: serde_json::Value = serde_json::from_str(&stdout(&[&timing[..], &["--json"]].concat())).unwrap();
-    assert_eq!(json["prefill"][1]["copies"], 3);
+    for figure in ["prefill", "decode"] {
+        assert_eq!(json[figure][1]["copies"], 3);
+        let [ms, rate] = ["ms", "tokens_per_second"].map(|field| json[figure][1][field].as_f64().unwrap());
+        let tokens = if figure == "prefill" { 16.0 } else { 1.0 };
+        assert!((ms * rate / (1e3 * tokens) - 1.0).abs() < 1e-9, "{figure}: {ms} ms, {rate} tok/s");
+    }
     let steps = json["steps"].as_array().unwrap();
     let of = |i: usize| (steps[i]["context"].as_u64().unwrap(), steps[i]["copies"].as_u64().unwrap());
     assert_eq!((0..steps.len()).map(of).collect::<Vec<_>>(), [(8, 1), (8, 3), (16, 1), (16, 3)]);
@@ -141,6 +146,7 @@ fn info_and_bench_report() {
     }
     let table = stdout(&timing);
     assert!(table.contains(json["backend"].as_str().unwrap()) && table.contains("GB/s"), "{table}");
+    assert!(table.contains("a token of 48 from an empty cache"), "{table}");
 }
 
 /// More threads than the process may use would only wait for each other, whatever is asked for.

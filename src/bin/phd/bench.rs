@@ -23,9 +23,12 @@ pub struct Bench {
     /// Timed steps of each K; the median counts
     #[arg(long, default_value_t = 32)]
     steps: usize,
-    /// Timed prefills of each K; the median counts
+    /// Timed prefills, and decodings, of each K; the median counts
     #[arg(long, default_value_t = 3)]
     prefills: usize,
+    /// Tokens to decode without a pause from an empty cache
+    #[arg(long, default_value_t = 48)]
+    decode: usize,
     /// The K to time, in turn; ratios are to the first
     #[arg(long, value_delimiter = ',', default_value = "1,2,3,4")]
     copies_list: Vec<usize>,
@@ -53,7 +56,50 @@ struct Contender {
     copies: usize,
     session: Session,
     prefill_ms: Vec<f64>,
+    /// Of a token.
+    decode_ms: Vec<f64>,
     step_ms: Vec<f64>,
+}
+
+impl Contender {
+    /// The median of each contender's `ms` for so many tokens; ratios are to the first's.
+    fn report(all: &mut [Contender], tokens: usize, ms: impl Fn(&mut Contender) -> &mut Vec<f64>) -> Vec<Timed> {
+        let mut timed: Vec<Timed> = Vec::new();
+        for c in all {
+            let copies = c.copies;
+            let all = ms(c);
+            if !all.is_empty() {
+                let ms = median(all);
+                let base = timed.first().map_or(ms, |t| t.ms);
+                timed.push(Timed { copies, ms, rate: tokens as f64 / ms * 1e3, ratio: ms / base });
+            }
+        }
+        timed
+    }
+}
+
+/// Milliseconds of a prompt or a token, and tokens per second.
+struct Timed {
+    copies: usize,
+    ms: f64,
+    rate: f64,
+    ratio: f64,
+}
+
+impl Timed {
+    fn json(&self) -> serde_json::Value {
+        json!({"copies": self.copies, "ms": self.ms, "tokens_per_second": self.rate, "ratio": self.ratio})
+    }
+
+    fn print(all: &[Timed], title: &str) {
+        if all.is_empty() {
+            return;
+        }
+        println!("\n{title}\n   K          ms     tok/s  ratio");
+        for t in all {
+            println!("{:4} {:11.2} {:9.1} {:6.2}", t.copies, t.ms, t.rate, t.ratio);
+        }
+    }
 }
 
 impl Bench {
@@ -70,28 +116,38 @@ impl Bench {
         let model = self.common.load()?;
         let mut contexts = self.context.clone();
         contexts.sort_unstable();
-        let room = self.prompt.max(contexts[contexts.len() - 1]) + contexts.len() * 2 * (self.steps + TURN);
+        let longest = self.prompt.max(self.decode).max(contexts[contexts.len() - 1]);
+        let room = longest + contexts.len() * 2 * (self.steps + TURN);
         let mut all = Vec::new();
         for &copies in &self.copies_list {
             let hidden = if copies > 1 { (self.common.window, self.common.chunk) } else { (0, 0) };
             let model = Arc::new(model.with_rules((copies, hidden.0, hidden.1))?);
             let session = self.common.session(&model, room)?;
-            all.push(Contender { copies, session, prefill_ms: Vec::new(), step_ms: Vec::new() });
+            let (prefill_ms, decode_ms, step_ms) = Default::default();
+            all.push(Contender { copies, session, prefill_ms, decode_ms, step_ms });
         }
         let n_vocab = model.desc().n_vocab;
         let token = |i: usize| (i * 7919 % n_vocab) as i32;
         let tokens: Vec<i32> = (0..room).map(token).collect();
         let pause = || std::thread::sleep(PAUSE);
 
-        let rounds = if self.prompt == 0 { 0 } else { self.prefills };
-        let bar = indicatif::ProgressBar::new((rounds + contexts.len()) as u64).with_message("timing");
-        for _ in 0..rounds {
-            for c in &mut all {
+        let bar = indicatif::ProgressBar::new((self.prefills + contexts.len()) as u64).with_message("timing");
+        for _ in 0..self.prefills {
+            for c in all.iter_mut().filter(|_| self.prompt > 0) {
                 pause();
                 c.session.truncate(0, 0)?;
                 let begin = Instant::now();
                 c.session.prefill(0, &tokens[..self.prompt])?;
                 c.prefill_ms.push(begin.elapsed().as_secs_f64() * 1e3);
+            }
+            for c in all.iter_mut().filter(|_| self.decode > 0) {
+                pause();
+                c.session.truncate(0, 0)?;
+                c.session.step(0, tokens[0])?; // not timed: it wakes the threads
+                c.session.truncate(0, 0)?;
+                let begin = Instant::now();
+                tokens[..self.decode].iter().try_for_each(|&token| c.session.step(0, token))?;
+                c.decode_ms.push(begin.elapsed().as_secs_f64() * 1e3 / self.decode as f64);
             }
             bar.inc(1);
         }
@@ -151,16 +207,10 @@ impl Bench {
         let bandwidth = median(&mut rows.iter().map(|r: &Row| r.bandwidth).collect::<Vec<_>>());
         let together = self.together(&model, self.context[0], &tokens)?;
         let backend = model.backend_name();
+        let prefill = Contender::report(&mut all, self.prompt, |c| &mut c.prefill_ms);
+        let decode = Contender::report(&mut all, 1, |c| &mut c.decode_ms);
         if self.json {
-            let base = all[0].prefill_ms.clone();
-            let prefill: Vec<_> = all
-                .iter_mut()
-                .filter(|c| !c.prefill_ms.is_empty())
-                .map(|c| {
-                    let (ms, base) = (median(&mut c.prefill_ms), median(&mut base.clone()));
-                    json!({"copies": c.copies, "ms": ms, "tokens_per_second": self.prompt as f64 / ms * 1e3, "ratio": ms / base})
-                })
-                .collect();
+            let of = |timed: &[Timed]| timed.iter().map(Timed::json).collect::<Vec<_>>();
             let steps: Vec<_> = rows
                 .iter()
                 .map(|r| {
@@ -171,7 +221,7 @@ impl Bench {
                 .collect();
             let result = json!({"backend": backend, "threads": threads, "prompt": self.prompt,
                 "bandwidth_gb_per_second": bandwidth * 1e-9, "weight_bytes_per_pass": model.pass_bytes(),
-                "prefill": prefill, "steps": steps, "together": together.iter().map(Together::json).collect::<Vec<_>>()});
+                "prefill": of(&prefill), "decode": of(&decode), "steps": steps, "together": together.iter().map(Together::json).collect::<Vec<_>>()});
             println!("{result}");
             return Ok(());
         }
@@ -180,14 +230,8 @@ impl Bench {
             crate::mib(model.pass_bytes()),
             bandwidth * 1e-9
         );
-        if rounds > 0 {
-            println!("\nprefill of {}, median of {rounds}\n   K          ms     tok/s  ratio", self.prompt);
-            let base = median(&mut all[0].prefill_ms);
-            for c in &mut all {
-                let ms = median(&mut c.prefill_ms);
-                println!("{:4} {ms:11.1} {:9.1} {:6.2}", c.copies, self.prompt as f64 / ms * 1e3, ms / base);
-            }
-        }
+        Timed::print(&prefill, &format!("prefill of {}, median of {}", self.prompt, self.prefills));
+        Timed::print(&decode, &format!("a token of {} from an empty cache, median of {}", self.decode, self.prefills));
         println!("\nsteps, median of {}\n context    K          ms     tok/s  ratio    GB/s  of bandwidth", self.steps);
         for r in &rows {
             println!(
