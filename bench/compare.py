@@ -34,11 +34,10 @@ def main():
         gb_per_second, variant = [], ""
         for _ in range(args.rounds):
             threads = ["-t", str(args.threads)]
-            out = json.loads(
-                run([f"{args.llama}/llama-bench", "-m", model, "-p", str(args.prompt), "-n", "48", "-r", "1", "-o", "json"] + threads)
-            )
-            prefill["llama"].append(out[0]["avg_ts"])
-            decode["llama"].append(out[1]["avg_ts"])
+            for what, (prompt, tokens, repeat) in [(prefill, (args.prompt, 0, 1)), (decode, (0, 48, 3))]:
+                counts = ["-p", str(prompt), "-n", str(tokens), "-r", str(repeat)]
+                out = json.loads(run([f"{args.llama}/llama-bench", "-m", model, "-o", "json"] + counts + threads))
+                what["llama"].append(out[0]["avg_ts"])
             counts = ",".join(map(str, rows))
             out = run(
                 [f"{args.llama}/llama-batched-bench", "-m", model, "-c", "4096", "-npp", "64", "-ntg", "24", "-npl", counts + ",16,32",
@@ -48,11 +47,11 @@ def main():
                 result = json.loads(line)
                 step.setdefault(("llama", result["pl"]), []).append(1e3 * result["t_tg"] / result["tg"])
             out = json.loads(
-                run([args.phd, "bench", model, "--prompt", str(args.prompt), "--prefills", "1", "--decode", "48", "--context", "64", "--copies-list",
+                run([args.phd, "bench", model, "--prompt", str(args.prompt), "--prefills", "1", "--decode", "0", "--context", "64", "--copies-list",
                      counts, "--steps", "24", "--json"] + threads)
             )
             batches = json.loads(
-                run([args.phd, "bench", model, "--prompt", "0", "--decode", "0", "--context", "64", "--copies-list", "1", "--sequences",
+                run([args.phd, "bench", model, "--prompt", "0", "--decode", "48", "--context", "64", "--copies-list", "1", "--sequences",
                      ",".join(map(str, together)), "--steps", "24", "--json"] + threads)
             )
             for t in batches["together"]:
@@ -60,7 +59,7 @@ def main():
             variant = out["backend"]
             gb_per_second.append(out["bandwidth_gb_per_second"])
             prefill["phd"].append(out["prefill"][0]["tokens_per_second"])
-            decode["phd"].append(out["decode"][0]["tokens_per_second"])
+            decode["phd"].append(batches["decode"][0]["tokens_per_second"])
             for s in out["steps"]:
                 step.setdefault(("phd", s["copies"]), []).append(s["ms"])
         (ours, theirs), (our_decode, their_decode) = ([statistics.median(figure[who]) for who in ("phd", "llama")] for figure in (prefill, decode))
