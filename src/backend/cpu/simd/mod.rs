@@ -100,7 +100,7 @@ pub trait Simd: Tiled {
     /// Into the L2 cache, where [`Tiled::prefetch`] draws a line into the first: for what is not needed soon.
     unsafe fn prefetch_l2(p: *const u8);
 
-    /// `2^n 2^r` for whole n from -125 to 127 and r of at most 1/2.
+    /// `2^n 2^r` for whole n and r of at most 1/2, where that is normal.
     #[inline(always)]
     unsafe fn power(n: Self::F, r: Self::F) -> Self::F {
         // The polynomial of least relative error (Remez), 2^-23, but for a first coefficient of exactly 1.
@@ -125,17 +125,17 @@ pub trait Simd: Tiled {
         }
     }
 
-    /// `e^x`, relative error below 4e-7; 0 below -86.
+    /// `e^x`, relative error below 4e-7; 0 below -87.
     #[inline(always)]
     unsafe fn exp(x: Self::F) -> Self::F {
         // Cody and Waite's reduction: x log2(e), rounded, would be off by as much more as x is large.
         // SAFETY: as for every function of this trait.
         unsafe {
-            let clamped = Self::max(x, Self::splat(-86.0));
+            let clamped = Self::max(x, Self::splat(-87.0));
             let n = Self::round(Self::mul(clamped, Self::splat(std::f32::consts::LOG2_E)));
             let r = Self::fma(n, Self::splat(-0.693_359_4), clamped);
             let r = Self::fma(n, Self::splat(2.121_944_4e-4), r);
-            Self::zero_below(x, -86.0, Self::power(n, Self::mul(r, Self::splat(std::f32::consts::LOG2_E))))
+            Self::zero_below(x, -87.0, Self::power(n, Self::mul(r, Self::splat(std::f32::consts::LOG2_E))))
         }
     }
 }
