@@ -232,9 +232,15 @@ pub fn prefers_ggml() -> bool {
     std::env::var("PHD_CPU_VARIANT").is_ok_and(|v| v == "ggml")
 }
 
-/// Bytes ahead of the current ones that are prefetched. With several rows more instructions stand between loads and the
-/// hardware's own prefetcher falls behind.
+/// Bytes ahead of the current ones that are prefetched, with [`Tiled::PREFETCHED_ROWS`] or more: then more instructions stand between
+/// loads and the hardware's own prefetcher falls behind.
 const AHEAD: usize = 4096;
+
+/// Whether a kernel of so many rows prefetches weights, on its first way through a tile.
+#[inline(always)]
+fn prefetches<S: Tiled>(rows: usize, lane: usize) -> bool {
+    rows >= S::PREFETCHED_ROWS && lane == 0
+}
 
 /// Repeats a statement for i = 0.. with `$i` a constant: the loops that must not stay loops.
 macro_rules! repeat {
@@ -310,7 +316,7 @@ unsafe fn tile_4<S: Tiled, const K: usize, const HAS_MIN: bool>(t: &Tile) {
                     }
                 }
                 repeat!([0 1 2 3] Q => {
-                    if lane == 0 {
+                    if prefetches::<S>(K, lane) {
                         S::prefetch(w.wrapping_add(64 * Q + AHEAD));
                     }
                     let v = S::load_b(w.add(64 * Q + 4 * lane));
@@ -360,7 +366,7 @@ unsafe fn tile_8<S: Tiled, const K: usize>(t: &Tile) {
                     s[k] = S::biased_start(i32_at(zeros, k));
                 }
                 repeat!([0 1 2 3 4 5 6 7] Q => {
-                    if lane == 0 {
+                    if prefetches::<S>(K, lane) {
                         S::prefetch(w.wrapping_add(64 * Q + AHEAD));
                     }
                     let v = S::load_b(w.add(64 * Q + 4 * lane));
@@ -404,7 +410,7 @@ unsafe fn tile_4_k<S: Tiled, const K: usize, const HAS_HIGH: bool>(t: &Tile) {
                     let (mut s, mut carried) = ([S::begin(0); K], [S::splat_i(0); K]);
                     let q = w.add(32);
                     repeat!([0 1 2 3] Q => {
-                        if lane == 0 {
+                        if prefetches::<S>(K, lane) {
                             S::prefetch(q.wrapping_add(64 * Q + AHEAD));
                         }
                         let v = S::load_b(q.add(64 * Q + 4 * lane));
@@ -467,7 +473,7 @@ unsafe fn tile_6_k<S: Tiled, const K: usize>(t: &Tile) {
                         }
                         let plane = S::load_b(q.add(256 + 64 * HALF + 4 * lane));
                         repeat!([0 1 2 3] Q => {
-                            if lane == 0 && HALF == 0 {
+                            if prefetches::<S>(K, lane) && HALF == 0 {
                                 S::prefetch(q.wrapping_add(64 * Q + AHEAD));
                                 if Q < 2 {
                                     S::prefetch(q.wrapping_add(256 + 64 * Q + AHEAD));
@@ -530,7 +536,7 @@ unsafe fn tile_f<S: Tiled, const T: u8, const K: usize>(t: &Tile) {
             let (mut w, mut x) = (t.weights, t.x.cast::<f32>());
             for _ in 0..t.n_in / 4 {
                 repeat!([0 1 2 3] C => {
-                    if lane == 0 && (T == F32 || [true, false, true, false][C]) {
+                    if prefetches::<S>(K, lane) && (T == F32 || [true, false, true, false][C]) {
                         S::prefetch(w.wrapping_add(C * column_bytes + AHEAD));
                     }
                     let v = column::<S, T>(w.add(C * column_bytes), lane);
@@ -713,7 +719,9 @@ unsafe fn read<S: Simd>(bytes: &[u8]) -> i32 {
         let mut seen = [S::load_b([0u8; 64].as_ptr()); 4];
         for block in bytes.as_chunks::<256>().0 {
             for i in 0..4 {
-                S::prefetch(block.as_ptr().wrapping_add(64 * i + AHEAD));
+                if prefetches::<S>(1, 0) {
+                    S::prefetch(block.as_ptr().wrapping_add(64 * i + AHEAD));
+                }
                 for part in (0..64).step_by(4 * S::LANES) {
                     seen[i] = S::or(seen[i], S::load_b(block.as_ptr().add(64 * i + part)));
                 }
