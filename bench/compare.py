@@ -35,8 +35,8 @@ def main():
         for _ in range(args.rounds):
             threads = ["-t", str(args.threads)]
             for what, (prompt, tokens, repeat) in [(prefill, (args.prompt, 0, 1)), (decode, (0, 48, 3))]:
-                counts = ["-p", str(prompt), "-n", str(tokens), "-r", str(repeat)]
-                out = json.loads(run([f"{args.llama}/llama-bench", "-m", model, "-o", "json"] + counts + threads))
+                sizes = ["-p", str(prompt), "-n", str(tokens), "-r", str(repeat)]
+                out = json.loads(run([f"{args.llama}/llama-bench", "-m", model, "-o", "json"] + sizes + threads))
                 what["llama"].append(out[0]["avg_ts"])
             counts = ",".join(map(str, rows))
             out = run(
