@@ -31,6 +31,8 @@ pub struct Tile {
     pub rows: *const u32,
     /// Whether to add to what is there.
     pub adds: bool,
+    /// Whether to prefetch weights; with more than [`UNPREFETCHED_ROWS`] kernels always do.
+    pub prefetches: bool,
 }
 
 impl Tile {
@@ -97,6 +99,8 @@ pub struct Kernels {
     pub variant: Variant,
     int_rows: usize,
     float_rows: usize,
+    /// Rows that weights are not prefetched for, up to [`UNPREFETCHED_ROWS`]: so few leave the CPU's own prefetchers the time, and on some CPUs those alone do better.
+    unprefetched_rows: usize,
     /// The kernel for a group of so many rows.
     pub tile: fn(Packing, usize) -> TileFn,
     /// Quantizes whole blocks of a row of activations.
@@ -111,14 +115,25 @@ pub struct Kernels {
     /// See [`attention::merge`] and [`attention::finish`].
     pub merge: unsafe fn(&mut [f32], f32, f32, &[f32]),
     pub finish: unsafe fn(&[f32], &mut [f32]),
-    /// Reads memory as fast as the vectors go; the result is there to be wanted.
-    pub read: unsafe fn(&[u8]) -> i32,
+    /// Reads memory as fast as the vectors go, prefetching or not; the result is there to be wanted.
+    pub read: unsafe fn(&[u8], bool) -> i32,
 }
 
 impl Kernels {
     /// Activation rows of the largest group for a packing; see [`groups`].
     pub fn largest_group(&self, is_float: bool) -> usize {
         if is_float { self.float_rows } else { self.int_rows }
+    }
+
+    /// The same entry points, with weights prefetched or not wherever there is a choice.
+    #[cfg(test)]
+    pub fn prefetching(&self, prefetches: bool) -> Kernels {
+        Kernels { unprefetched_rows: if prefetches { 0 } else { UNPREFETCHED_ROWS }, ..*self }
+    }
+
+    /// Whether kernels of so many rows prefetch weights.
+    pub fn prefetches(&self, rows: usize) -> bool {
+        rows > self.unprefetched_rows
     }
 }
 
@@ -187,7 +202,7 @@ impl Variant {
                     && is_x86_feature_detected!("avx512vl")
                     && is_x86_feature_detected!("avx512vnni") =>
             {
-                Some(&avx512::KERNELS)
+                Some(if is_amd() { &AVX512_AMD } else { &avx512::KERNELS })
             }
             #[cfg(target_arch = "aarch64")]
             Variant::NeonDot if std::arch::is_aarch64_feature_detected!("dotprod") => Some(&neon::KERNELS),
@@ -200,6 +215,16 @@ impl fmt::Display for Variant {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
         f.write_str(self.name())
     }
+}
+
+/// On Zen 4 one and two rows are faster with the CPU's own prefetchers alone, on Ice Lake they are not: docs/performance.md.
+#[cfg(target_arch = "x86_64")]
+static AVX512_AMD: Kernels = avx512::table(UNPREFETCHED_ROWS);
+
+#[cfg(target_arch = "x86_64")]
+fn is_amd() -> bool {
+    let maker = std::arch::x86_64::__cpuid(0);
+    [maker.ebx, maker.edx, maker.ecx].map(u32::to_le_bytes).as_flattened() == b"AuthenticAMD"
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -232,15 +257,12 @@ pub fn prefers_ggml() -> bool {
     std::env::var("PHD_CPU_VARIANT").is_ok_and(|v| v == "ggml")
 }
 
-/// Bytes ahead of the current ones that are prefetched, with [`Tiled::PREFETCHED_ROWS`] or more: then more instructions stand between
-/// loads and the hardware's own prefetcher falls behind.
+/// Bytes ahead of the current ones that are prefetched: with more rows more instructions stand between loads and the hardware's own
+/// prefetcher falls behind.
 const AHEAD: usize = 4096;
 
-/// Whether a kernel of so many rows prefetches weights, on its first way through a tile.
-#[inline(always)]
-fn prefetches<S: Tiled>(rows: usize, lane: usize) -> bool {
-    rows >= S::PREFETCHED_ROWS && lane == 0
-}
+/// Up to so many rows there are kernels that leave prefetching to the CPU.
+const UNPREFETCHED_ROWS: usize = 2;
 
 /// Repeats a statement for i = 0.. with `$i` a constant: the loops that must not stay loops.
 macro_rules! repeat {
@@ -298,7 +320,7 @@ unsafe fn add_scaled<S: Tiled>(acc: &mut S::F, sum: S::I, scale: S::F, scales: *
 /// # Safety
 /// As for [`tile`].
 #[inline(always)]
-unsafe fn tile_4<S: Tiled, const K: usize, const HAS_MIN: bool>(t: &Tile) {
+unsafe fn tile_4<S: Tiled, const K: usize, const PREFETCHES: bool, const HAS_MIN: bool>(t: &Tile) {
     let unit = if HAS_MIN { 320 } else { 288 };
     // SAFETY: every pointer stays within its array: blocks and rows are counted by the loops.
     unsafe {
@@ -316,7 +338,7 @@ unsafe fn tile_4<S: Tiled, const K: usize, const HAS_MIN: bool>(t: &Tile) {
                     }
                 }
                 repeat!([0 1 2 3] Q => {
-                    if prefetches::<S>(K, lane) {
+                    if PREFETCHES && lane == 0 {
                         S::prefetch(w.wrapping_add(64 * Q + AHEAD));
                     }
                     let v = S::load_b(w.add(64 * Q + 4 * lane));
@@ -352,7 +374,7 @@ unsafe fn tile_4<S: Tiled, const K: usize, const HAS_MIN: bool>(t: &Tile) {
 /// # Safety
 /// As for [`tile`].
 #[inline(always)]
-unsafe fn tile_8<S: Tiled, const K: usize>(t: &Tile) {
+unsafe fn tile_8<S: Tiled, const K: usize, const PREFETCHES: bool>(t: &Tile) {
     // SAFETY: as in `tile_4`.
     unsafe {
         for lane in (0..TILE).step_by(S::LANES) {
@@ -366,7 +388,7 @@ unsafe fn tile_8<S: Tiled, const K: usize>(t: &Tile) {
                     s[k] = S::biased_start(i32_at(zeros, k));
                 }
                 repeat!([0 1 2 3 4 5 6 7] Q => {
-                    if prefetches::<S>(K, lane) {
+                    if PREFETCHES && lane == 0 {
                         S::prefetch(w.wrapping_add(64 * Q + AHEAD));
                     }
                     let v = S::load_b(w.add(64 * Q + 4 * lane));
@@ -393,7 +415,7 @@ unsafe fn tile_8<S: Tiled, const K: usize>(t: &Tile) {
 /// # Safety
 /// As for [`tile`].
 #[inline(always)]
-unsafe fn tile_4_k<S: Tiled, const K: usize, const HAS_HIGH: bool>(t: &Tile) {
+unsafe fn tile_4_k<S: Tiled, const K: usize, const PREFETCHES: bool, const HAS_HIGH: bool>(t: &Tile) {
     let block = if HAS_HIGH { 352 } else { 288 };
     // SAFETY: as in `tile_4`.
     unsafe {
@@ -410,7 +432,7 @@ unsafe fn tile_4_k<S: Tiled, const K: usize, const HAS_HIGH: bool>(t: &Tile) {
                     let (mut s, mut carried) = ([S::begin(0); K], [S::splat_i(0); K]);
                     let q = w.add(32);
                     repeat!([0 1 2 3] Q => {
-                        if prefetches::<S>(K, lane) {
+                        if PREFETCHES && lane == 0 {
                             S::prefetch(q.wrapping_add(64 * Q + AHEAD));
                         }
                         let v = S::load_b(q.add(64 * Q + 4 * lane));
@@ -450,7 +472,7 @@ unsafe fn tile_4_k<S: Tiled, const K: usize, const HAS_HIGH: bool>(t: &Tile) {
 /// # Safety
 /// As for [`tile`].
 #[inline(always)]
-unsafe fn tile_6_k<S: Tiled, const K: usize>(t: &Tile) {
+unsafe fn tile_6_k<S: Tiled, const K: usize, const PREFETCHES: bool>(t: &Tile) {
     // SAFETY: as in `tile_4`.
     unsafe {
         for lane in (0..TILE).step_by(S::LANES) {
@@ -473,7 +495,7 @@ unsafe fn tile_6_k<S: Tiled, const K: usize>(t: &Tile) {
                         }
                         let plane = S::load_b(q.add(256 + 64 * HALF + 4 * lane));
                         repeat!([0 1 2 3] Q => {
-                            if prefetches::<S>(K, lane) && HALF == 0 {
+                            if PREFETCHES && lane == 0 && HALF == 0 {
                                 S::prefetch(q.wrapping_add(64 * Q + AHEAD));
                                 if Q < 2 {
                                     S::prefetch(q.wrapping_add(256 + 64 * Q + AHEAD));
@@ -527,7 +549,7 @@ unsafe fn column<S: Tiled, const T: u8>(w: *const u8, lane: usize) -> S::F {
 /// # Safety
 /// As for [`tile`].
 #[inline(always)]
-unsafe fn tile_f<S: Tiled, const T: u8, const K: usize>(t: &Tile) {
+unsafe fn tile_f<S: Tiled, const K: usize, const PREFETCHES: bool, const T: u8>(t: &Tile) {
     let column_bytes = if T == F32 { 4 * TILE } else { 2 * TILE };
     // SAFETY: as in `tile_4`.
     unsafe {
@@ -536,7 +558,7 @@ unsafe fn tile_f<S: Tiled, const T: u8, const K: usize>(t: &Tile) {
             let (mut w, mut x) = (t.weights, t.x.cast::<f32>());
             for _ in 0..t.n_in / 4 {
                 repeat!([0 1 2 3] C => {
-                    if prefetches::<S>(K, lane) && (T == F32 || [true, false, true, false][C]) {
+                    if PREFETCHES && lane == 0 && (T == F32 || [true, false, true, false][C]) {
                         S::prefetch(w.wrapping_add(C * column_bytes + AHEAD));
                     }
                     let v = column::<S, T>(w.add(C * column_bytes), lane);
@@ -570,14 +592,28 @@ unsafe fn tile_f<S: Tiled, const T: u8, const K: usize>(t: &Tile) {
 unsafe fn tile<S: Simd, const T: u8, const K: usize>(t: &Tile) {
     // SAFETY: the caller's.
     unsafe {
+        if K <= UNPREFETCHED_ROWS && !t.prefetches {
+            tile_of::<S, T, K, false>(t);
+        } else {
+            tile_of::<S, T, K, true>(t);
+        }
+    }
+}
+
+/// # Safety
+/// As for [`tile`].
+#[inline(always)]
+unsafe fn tile_of<S: Simd, const T: u8, const K: usize, const PREFETCHES: bool>(t: &Tile) {
+    // SAFETY: the caller's.
+    unsafe {
         match T {
-            0 => tile_4::<S::Wide, K, false>(t),
-            1 => tile_4::<S::Wide, K, true>(t),
-            2 => tile_8::<S::Wide, K>(t),
-            3 => tile_4_k::<S::Wide, K, false>(t),
-            4 => tile_4_k::<S::Wide, K, true>(t),
-            5 => tile_6_k::<S::Wide, K>(t),
-            _ => tile_f::<S::Wide, T, K>(t),
+            0 => tile_4::<S::Wide, K, PREFETCHES, false>(t),
+            1 => tile_4::<S::Wide, K, PREFETCHES, true>(t),
+            2 => tile_8::<S::Wide, K, PREFETCHES>(t),
+            3 => tile_4_k::<S::Wide, K, PREFETCHES, false>(t),
+            4 => tile_4_k::<S::Wide, K, PREFETCHES, true>(t),
+            5 => tile_6_k::<S::Wide, K, PREFETCHES>(t),
+            _ => tile_f::<S::Wide, K, PREFETCHES, T>(t),
         }
     }
 }
@@ -713,13 +749,21 @@ fn rotate(head: &mut [f32], rope: &[f32], pairs: RopePairs) {
 /// # Safety
 /// The CPU has `S`.
 #[inline(always)]
-unsafe fn read<S: Simd>(bytes: &[u8]) -> i32 {
+unsafe fn read<S: Simd>(bytes: &[u8], prefetches: bool) -> i32 {
+    // SAFETY: the caller's.
+    unsafe { if prefetches { read_all::<S, true>(bytes) } else { read_all::<S, false>(bytes) } }
+}
+
+/// # Safety
+/// The CPU has `S`.
+#[inline(always)]
+unsafe fn read_all<S: Simd, const PREFETCHES: bool>(bytes: &[u8]) -> i32 {
     // SAFETY: blocks of 256 bytes are whole vectors of every instruction set.
     unsafe {
         let mut seen = [S::load_b([0u8; 64].as_ptr()); 4];
         for block in bytes.as_chunks::<256>().0 {
             for i in 0..4 {
-                if prefetches::<S>(1, 0) {
+                if PREFETCHES {
                     S::prefetch(block.as_ptr().wrapping_add(64 * i + AHEAD));
                 }
                 for part in (0..64).step_by(4 * S::LANES) {
@@ -815,15 +859,17 @@ macro_rules! instruction_set {
             }
 
             $(#[target_feature(enable = $feature)])?
-            unsafe fn read_bytes(bytes: &[u8]) -> i32 {
+            unsafe fn read_bytes(bytes: &[u8], prefetches: bool) -> i32 {
                 // SAFETY: see above.
-                unsafe { read::<$simd>(bytes) }
+                unsafe { read::<$simd>(bytes, prefetches) }
             }
 
-            pub static KERNELS: Kernels = Kernels {
+            pub const fn table(unprefetched_rows: usize) -> Kernels {
+                Kernels {
                 variant: $variant,
                 int_rows: <$simd>::INT_ROWS,
                 float_rows: <$simd>::FLOAT_ROWS,
+                unprefetched_rows,
                 tile: select,
                 quantize: quantize_row,
                 norm: norm_row,
@@ -833,7 +879,10 @@ macro_rules! instruction_set {
                 merge: merge_part,
                 finish: finish_total,
                 read: read_bytes,
-            };
+                }
+            }
+
+            pub static KERNELS: Kernels = table(0);
         }
     };
 }

@@ -356,8 +356,8 @@ impl Matrix {
                 };
                 let rows = if is_direct { &to.rows[first..first + n] } else { &NUMBERS[..n] };
                 let kernel: kernels::TileFn = (kernels.tile)(packing, n);
-                let (rows, adds) = (rows.as_ptr(), to.adds && is_direct);
-                kernel(&Tile { weights, n_in, x: quants, meta, out: at, stride, rows, adds });
+                let (rows, adds, prefetches) = (rows.as_ptr(), to.adds && is_direct, kernels.prefetches(n));
+                kernel(&Tile { weights, n_in, x: quants, meta, out: at, stride, rows, adds, prefetches });
             }
             if !is_direct {
                 for row in 0..n {

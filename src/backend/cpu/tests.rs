@@ -18,10 +18,11 @@ use crate::backend::testing::{Noise, weights};
 use crate::checkpoint::TensorView;
 use crate::tensor::{DType, dequantize_row};
 
-fn all_kernels() -> Vec<&'static Kernels> {
+/// Of each instruction set that this CPU has, as on CPUs where weights are prefetched and on those where they are not.
+fn all_kernels() -> Vec<Kernels> {
     let all: Vec<_> = Variant::ALL.into_iter().filter_map(Variant::kernels).collect();
     assert_eq!(all.last().map(|k| k.variant), Some(Variant::Plain));
-    all
+    all.into_iter().flat_map(|k| [k.prefetching(true), k.prefetching(false)]).collect()
 }
 
 fn prepare_one(tensor: &TensorView, prefer_ggml: bool) -> Matrix {
@@ -144,7 +145,7 @@ fn own_kernels_are_exact_but_for_rounding() {
                     .iter()
                     .map(|x| if packing.is_float() { x.iter().map(|&x| f64::from(x)).collect() } else { quantized(x) })
                     .collect();
-                for kernels in all_kernels() {
+                for kernels in &all_kernels() {
                     let found = multiply(kernels, &matrix, &x);
                     for row in 0..rows {
                         for o in 0..n_out {
@@ -181,7 +182,7 @@ fn rows_do_not_depend_on_their_neighbours() {
         let (n_out, n_in) = (40, 4 * dtype.block_len().max(25));
         let matrix = prepare_one(&weights(dtype, n_out, n_in, &mut noise), false);
         let x = inputs(25, n_in, &mut noise);
-        for kernels in all_kernels() {
+        for kernels in &all_kernels() {
             let alone: Vec<Vec<f32>> =
                 x.iter().map(|x| multiply(kernels, &matrix, std::slice::from_ref(x)).remove(0)).collect();
             for rows in ROWS {
@@ -206,7 +207,7 @@ fn other_types_are_right_within_their_rounding() {
             for matrix in through_ggml.into_iter().chain([Matrix::converted(tensor.clone())]) {
                 for rows in [1, 3, 13] {
                     let x = inputs(rows, n_in, &mut noise);
-                    for kernels in all_kernels() {
+                    for kernels in &all_kernels() {
                         let found = multiply(kernels, &matrix, &x);
                         for row in 0..rows {
                             let largest = x[row].iter().fold(0.0f32, |a, x| a.max(x.abs()));
@@ -254,7 +255,7 @@ fn ggml_serves_what_we_do_not() {
 
 #[test]
 fn groups_are_what_kernels_exist_for() {
-    for kernels in all_kernels() {
+    for kernels in &all_kernels() {
         for n in 1..300 {
             for packing in [Packing::Q4_0, Packing::F32] {
                 let mut next = 0;
@@ -272,7 +273,7 @@ fn groups_are_what_kernels_exist_for() {
 #[test]
 fn norms_and_activations() {
     let mut noise = Noise(4);
-    for kernels in all_kernels() {
+    for kernels in &all_kernels() {
         for n in [1, 3, 4, 15, 16, 17, 64, 100] {
             let x: Vec<f32> = (0..n).map(|_| noise.float() * 3.0).collect();
             let w: Vec<f32> = (0..n).map(|_| noise.float()).collect();
@@ -436,7 +437,7 @@ fn attention_is_right_for_every_cache() {
                     }
                     let transposed: Vec<f32> =
                         (0..queries.len()).map(|i| queries[i % c.queries * c.head_dim + i / c.queries]).collect();
-                    for kernels in all_kernels() {
+                    for kernels in &all_kernels() {
                         let dim = padded(c.head_dim);
                         let mut scratch = attention::Scratch::new(c.queries, c.head_dim, gathered);
                         let (mut max, mut sum) = (vec![0.0; c.queries], vec![0.0; c.queries]);

@@ -10,8 +10,6 @@ pub struct Avx512Vnni;
 
 impl Tiled for Avx512Vnni {
     const LANES: usize = 16;
-    // Measured on Zen 4 (docs/performance.md): what is read so is also found in the third-level cache more often by the next step.
-    const PREFETCHED_ROWS: usize = 3;
 
     type F = __m512;
     type I = __m512i;

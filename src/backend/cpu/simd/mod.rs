@@ -21,8 +21,6 @@ pub trait Tiled: Copy {
     const LANES: usize;
     /// Sums that a float kernel keeps for each element, by column: one would wait for itself. Divides 4.
     const CHAINS: usize = 4;
-    /// Rows from which on kernels prefetch weights: with fewer the CPU's own prefetchers alone do better.
-    const PREFETCHED_ROWS: usize = 1;
 
     /// f32 x LANES
     type F: Copy;

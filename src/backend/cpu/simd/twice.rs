@@ -18,7 +18,6 @@ macro_rules! both {
 impl<S: Tiled> Tiled for Twice<S> {
     const LANES: usize = 2 * S::LANES;
     const CHAINS: usize = S::CHAINS / 2;
-    const PREFETCHED_ROWS: usize = S::PREFETCHED_ROWS;
 
     type F = (S::F, S::F);
     type I = (S::I, S::I);
