@@ -14,16 +14,19 @@ use super::simd::{Simd, Tiled};
 use crate::error::{Error, Result, invalid};
 use crate::model::RopePairs;
 
-/// One tile of weights times a group of activation rows.
-pub struct Tile {
-    /// The tile, `packing.tile_bytes(n_in)` bytes.
+/// Some tiles of weights times a group of activation rows.
+#[derive(Clone, Copy)]
+pub struct Tiles {
+    /// The tiles one after another, `tile_bytes` each, which is `packing.tile_bytes(n_in)`.
     pub weights: *const u8,
+    pub n_tiles: usize,
+    pub tile_bytes: usize,
     pub n_in: usize,
     /// int8 `[block][quad 8][row][4]`, of 32-column blocks; or f32 `[column][row]`.
     pub x: *const u8,
     /// `[META][block][row]`, see [`meta`]; unused by float weights.
     pub meta: *const u32,
-    /// The tile's first column of the outputs, in their row 0.
+    /// The first tile's first column of the outputs, in their row 0.
     pub out: *mut f32,
     /// Floats from a row of the outputs to the next.
     pub stride: usize,
@@ -35,7 +38,7 @@ pub struct Tile {
     pub prefetches: bool,
 }
 
-impl Tile {
+impl Tiles {
     /// The first of a word's `[block][row]` for groups of K rows.
     ///
     /// # Safety
@@ -49,7 +52,7 @@ impl Tile {
     /// Stores the outputs of all rows that begin at `lane`.
     ///
     /// # Safety
-    /// As for [`tile`].
+    /// As for [`tiles`].
     #[inline(always)]
     unsafe fn store<S: Tiled, const K: usize>(&self, lane: usize, sums: [S::F; K]) {
         for k in 0..K {
@@ -91,7 +94,7 @@ pub struct Quants {
     pub row: usize,
 }
 
-pub type TileFn = unsafe fn(&Tile);
+pub type TilesFn = unsafe fn(&Tiles);
 
 /// Entry points for one instruction set. All of them are unsafe to call on a CPU without it, and take pointers for speed:
 /// what must lie behind them is said at the argument types.
@@ -102,7 +105,7 @@ pub struct Kernels {
     /// Rows that weights are not prefetched for, up to [`UNPREFETCHED_ROWS`]: so few leave the CPU's own prefetchers the time, and on some CPUs those alone do better.
     unprefetched_rows: usize,
     /// The kernel for a group of so many rows.
-    pub tile: fn(Packing, usize) -> TileFn,
+    pub tiles: fn(Packing, usize) -> TilesFn,
     /// Quantizes whole blocks of a row of activations.
     pub quantize: unsafe fn(&[f32], &Quants),
     /// (x, weight, eps, out): RMS norm.
@@ -284,7 +287,7 @@ unsafe fn i32_at(p: *const u32, i: usize) -> i32 {
 /// Adds the products of a quad of weights with that quad of all K rows; `x` is the block's activations.
 ///
 /// # Safety
-/// As for [`tile`].
+/// As for [`tiles`].
 #[inline(always)]
 unsafe fn add_quad<S: Tiled, const K: usize>(s: &mut [S::P; K], weights: S::B, x: *const i32, quad: usize) {
     for k in 0..K {
@@ -296,7 +299,7 @@ unsafe fn add_quad<S: Tiled, const K: usize>(s: &mut [S::P; K], weights: S::B, x
 /// See [`Tiled::carry`].
 ///
 /// # Safety
-/// As for [`tile`].
+/// As for [`tiles`].
 #[inline(always)]
 unsafe fn carry<S: Tiled, const K: usize>(s: &mut [S::P; K], carried: &mut [S::I; K]) {
     for k in 0..K {
@@ -308,7 +311,7 @@ unsafe fn carry<S: Tiled, const K: usize>(s: &mut [S::P; K], carried: &mut [S::I
 /// Adds row `k`'s integer sum over a block, scaled by the weights' and the activations' scales.
 ///
 /// # Safety
-/// As for [`tile`].
+/// As for [`tiles`].
 #[inline(always)]
 unsafe fn add_scaled<S: Tiled>(acc: &mut S::F, sum: S::I, scale: S::F, scales: *const u32, k: usize) {
     // SAFETY: a word for each row.
@@ -318,9 +321,9 @@ unsafe fn add_scaled<S: Tiled>(acc: &mut S::F, sum: S::I, scale: S::F, scales: *
 /// Q4_0 and, with a minimum, Q4_1.
 ///
 /// # Safety
-/// As for [`tile`].
+/// As for [`tiles`].
 #[inline(always)]
-unsafe fn tile_4<S: Tiled, const K: usize, const PREFETCHES: bool, const HAS_MIN: bool>(t: &Tile) {
+unsafe fn tile_4<S: Tiled, const K: usize, const PREFETCHES: bool, const HAS_MIN: bool>(t: &Tiles) {
     let unit = if HAS_MIN { 320 } else { 288 };
     // SAFETY: every pointer stays within its array: blocks and rows are counted by the loops.
     unsafe {
@@ -372,9 +375,9 @@ unsafe fn tile_4<S: Tiled, const K: usize, const PREFETCHES: bool, const HAS_MIN
 /// Q8_0.
 ///
 /// # Safety
-/// As for [`tile`].
+/// As for [`tiles`].
 #[inline(always)]
-unsafe fn tile_8<S: Tiled, const K: usize, const PREFETCHES: bool>(t: &Tile) {
+unsafe fn tile_8<S: Tiled, const K: usize, const PREFETCHES: bool>(t: &Tiles) {
     // SAFETY: as in `tile_4`.
     unsafe {
         for lane in (0..TILE).step_by(S::LANES) {
@@ -413,9 +416,9 @@ unsafe fn tile_8<S: Tiled, const K: usize, const PREFETCHES: bool>(t: &Tile) {
 /// Q4_K and, with the fifth bits, Q5_K.
 ///
 /// # Safety
-/// As for [`tile`].
+/// As for [`tiles`].
 #[inline(always)]
-unsafe fn tile_4_k<S: Tiled, const K: usize, const PREFETCHES: bool, const HAS_HIGH: bool>(t: &Tile) {
+unsafe fn tile_4_k<S: Tiled, const K: usize, const PREFETCHES: bool, const HAS_HIGH: bool>(t: &Tiles) {
     let block = if HAS_HIGH { 352 } else { 288 };
     // SAFETY: as in `tile_4`.
     unsafe {
@@ -470,9 +473,9 @@ unsafe fn tile_4_k<S: Tiled, const K: usize, const PREFETCHES: bool, const HAS_H
 /// Q6_K: a scale for each half of a block.
 ///
 /// # Safety
-/// As for [`tile`].
+/// As for [`tiles`].
 #[inline(always)]
-unsafe fn tile_6_k<S: Tiled, const K: usize, const PREFETCHES: bool>(t: &Tile) {
+unsafe fn tile_6_k<S: Tiled, const K: usize, const PREFETCHES: bool>(t: &Tiles) {
     // SAFETY: as in `tile_4`.
     unsafe {
         for lane in (0..TILE).step_by(S::LANES) {
@@ -547,9 +550,9 @@ unsafe fn column<S: Tiled, const T: u8>(w: *const u8, lane: usize) -> S::F {
 /// F32, F16 and BF16 with f32 activations.
 ///
 /// # Safety
-/// As for [`tile`].
+/// As for [`tiles`].
 #[inline(always)]
-unsafe fn tile_f<S: Tiled, const K: usize, const PREFETCHES: bool, const T: u8>(t: &Tile) {
+unsafe fn tile_f<S: Tiled, const K: usize, const PREFETCHES: bool, const T: u8>(t: &Tiles) {
     let column_bytes = if T == F32 { 4 * TILE } else { 2 * TILE };
     // SAFETY: as in `tile_4`.
     unsafe {
@@ -589,21 +592,25 @@ unsafe fn tile_f<S: Tiled, const K: usize, const PREFETCHES: bool, const T: u8>(
 /// # Safety
 /// The CPU has `S`; the pointers of `t` hold what its fields say, for a group of `K` rows.
 #[inline(always)]
-unsafe fn tile<S: Simd, const T: u8, const K: usize>(t: &Tile) {
-    // SAFETY: the caller's.
-    unsafe {
-        if K <= UNPREFETCHED_ROWS && !t.prefetches {
-            tile_of::<S, T, K, false>(t);
-        } else {
-            tile_of::<S, T, K, true>(t);
+unsafe fn tiles<S: Simd, const T: u8, const K: usize>(t: &Tiles) {
+    // In here, so that the end of a tile and the beginning of the next overlap.
+    for i in 0..t.n_tiles {
+        // SAFETY: the caller's: tiles lie one after another, as their columns of the outputs do.
+        unsafe {
+            let one = Tiles { weights: t.weights.add(i * t.tile_bytes), out: t.out.add(i * TILE), ..*t };
+            if K <= UNPREFETCHED_ROWS && !t.prefetches {
+                tile_of::<S, T, K, false>(&one);
+            } else {
+                tile_of::<S, T, K, true>(&one);
+            }
         }
     }
 }
 
 /// # Safety
-/// As for [`tile`].
+/// As for [`tiles`].
 #[inline(always)]
-unsafe fn tile_of<S: Simd, const T: u8, const K: usize, const PREFETCHES: bool>(t: &Tile) {
+unsafe fn tile_of<S: Simd, const T: u8, const K: usize, const PREFETCHES: bool>(t: &Tiles) {
     // SAFETY: the caller's.
     unsafe {
         match T {
@@ -785,26 +792,26 @@ macro_rules! instruction_set {
 
             // SAFETY of all: `Variant::kernels` hands the table out only where the features are; the rest is the caller's.
             $(#[target_feature(enable = $feature)])?
-            unsafe fn tile_for<const T: u8, const K: usize>(t: &Tile) {
+            unsafe fn tiles_for<const T: u8, const K: usize>(t: &Tiles) {
                 // SAFETY: see above.
-                unsafe { tile::<$simd, T, K>(t) }
+                unsafe { tiles::<$simd, T, K>(t) }
             }
 
-            fn int<const T: u8>(rows: usize) -> TileFn {
+            fn int<const T: u8>(rows: usize) -> TilesFn {
                 match rows {
-                    $($k => tile_for::<T, $k>,)*
+                    $($k => tiles_for::<T, $k>,)*
                     _ => panic!("no kernel for {rows} rows"),
                 }
             }
 
-            fn float<const T: u8>(rows: usize) -> TileFn {
+            fn float<const T: u8>(rows: usize) -> TilesFn {
                 match rows {
-                    $($kf => tile_for::<T, $kf>,)*
+                    $($kf => tiles_for::<T, $kf>,)*
                     _ => panic!("no kernel for {rows} rows"),
                 }
             }
 
-            fn select(packing: Packing, rows: usize) -> TileFn {
+            fn select(packing: Packing, rows: usize) -> TilesFn {
                 match packing {
                     Packing::Q4_0 => int::<0>(rows),
                     Packing::Q4_1 => int::<1>(rows),
@@ -870,7 +877,7 @@ macro_rules! instruction_set {
                 int_rows: <$simd>::INT_ROWS,
                 float_rows: <$simd>::FLOAT_ROWS,
                 unprefetched_rows,
-                tile: select,
+                tiles: select,
                 quantize: quantize_row,
                 norm: norm_row,
                 silu: silu_row,

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::arena::Arena;
 #[cfg(feature = "ggml")]
 use super::ggml::Dot;
-use super::kernels::{self, Kernels, Quants, Tile, group_of, groups, meta};
+use super::kernels::{Kernels, Quants, Tiles, TilesFn, group_of, groups, meta};
 use super::packed::{Packing, TILE, unpack_row};
 use super::shared::{Grid, Shared};
 use crate::checkpoint::TensorView;
@@ -268,9 +268,19 @@ impl Matrix {
             Storage::Packed { packing, arena, offset } => {
                 let tile_bytes = packing.tile_bytes(n_in);
                 let bytes = arena.bytes()[*offset..].as_ptr();
-                for tile in tiles {
+                // Whole tiles go where they belong as they are.
+                let whole = if bias.is_none() { self.n_out / TILE } else { 0 };
+                // Groups take turns with each tile, which stays in the first-level cache; one alone goes through them all.
+                let n = to.rows.len();
+                let is_one_group = group_of(0, n, kernels.largest_group(packing.is_float())).1 == n;
+                let mut tile = tiles.start;
+                while tile < tiles.end {
+                    let next = if is_one_group && tile < whole { tiles.end.min(whole) } else { tile + 1 };
                     // SAFETY: the constructor checked that all tiles lie in the arena; the caller's for the rest.
-                    unsafe { self.run_tile(kernels, *packing, bytes.add(tile * tile_bytes), x, tile, out, bias, to) }
+                    unsafe {
+                        self.run_tiles(kernels, *packing, bytes.add(tile * tile_bytes), x, tile..next, out, bias, to)
+                    }
+                    tile = next;
                 }
             }
             Storage::Ggml { dot, rows } => {
@@ -310,38 +320,42 @@ impl Matrix {
                         }
                     }
                     // SAFETY: an F32 tile of n_in columns; the caller's for the rest.
-                    unsafe { self.run_tile(kernels, Packing::F32, columns.as_ptr().cast(), x, tile, out, bias, to) }
+                    unsafe {
+                        self.run_tiles(kernels, Packing::F32, columns.as_ptr().cast(), x, tile..tile + 1, out, bias, to)
+                    }
                 }
             }
         }
     }
 
-    /// One tile times all groups of activations. `out` is for what cannot go where it belongs as it is.
+    /// Some tiles times all groups of activations: whole ones without a bias, or one. `out` is for what cannot go where it belongs as
+    /// it is.
     ///
     /// # Safety
-    /// A tile of this packing lies at `weights`; the rest as for [`Matrix::tiles`].
+    /// Tiles of this packing lie at `weights`; the rest as for [`Matrix::tiles`].
     #[allow(clippy::too_many_arguments)]
-    unsafe fn run_tile(
+    unsafe fn run_tiles(
         &self,
         kernels: &Kernels,
         packing: Packing,
         weights: *const u8,
         x: &Activations,
-        tile: usize,
+        tiles: Range<usize>,
         out: &mut [f32],
         bias: Option<&[f32]>,
         to: &Outputs,
     ) {
         const NUMBERS: [u32; MOST_ROWS] = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11];
         let n_in = self.n_in;
-        let column = tile * TILE;
-        let width = (self.n_out - column).min(TILE);
-        // Where a whole tile goes as it is, the kernel puts it there.
-        let is_direct = width == TILE && bias.is_none();
+        let (n_tiles, tile_bytes) = (tiles.len(), packing.tile_bytes(n_in));
+        let column = tiles.start * TILE;
+        let width = self.n_out.min(tiles.end * TILE) - column;
+        let is_direct = width == n_tiles * TILE && bias.is_none();
         let (at, stride) = if is_direct {
-            assert!(column + TILE <= to.grid.width());
+            assert!(column + width <= to.grid.width());
             (to.grid.as_ptr().wrapping_add(column), to.grid.stride())
         } else {
+            assert!(n_tiles == 1);
             (out.as_mut_ptr(), TILE)
         };
         for (first, n) in groups(to.rows.len(), kernels.largest_group(packing.is_float())) {
@@ -355,9 +369,21 @@ impl Matrix {
                     (x.quants.as_ptr().add(first * n_in).cast::<u8>(), meta.cast_const())
                 };
                 let rows = if is_direct { &to.rows[first..first + n] } else { &NUMBERS[..n] };
-                let kernel: kernels::TileFn = (kernels.tile)(packing, n);
+                let kernel: TilesFn = (kernels.tiles)(packing, n);
                 let (rows, adds, prefetches) = (rows.as_ptr(), to.adds && is_direct, kernels.prefetches(n));
-                kernel(&Tile { weights, n_in, x: quants, meta, out: at, stride, rows, adds, prefetches });
+                kernel(&Tiles {
+                    weights,
+                    n_tiles,
+                    tile_bytes,
+                    n_in,
+                    x: quants,
+                    meta,
+                    out: at,
+                    stride,
+                    rows,
+                    adds,
+                    prefetches,
+                });
             }
             if !is_direct {
                 for row in 0..n {

@@ -262,7 +262,7 @@ fn groups_are_what_kernels_exist_for() {
                 for (first, rows) in groups(n, kernels.largest_group(packing.is_float())) {
                     assert_eq!(first, next);
                     next += rows;
-                    let _ = (kernels.tile)(packing, rows); // panics for a size without a kernel
+                    let _ = (kernels.tiles)(packing, rows); // panics for a size without a kernel
                 }
                 assert_eq!(next, n);
             }
