@@ -91,8 +91,8 @@ struct Step {
     up: Grid,                 // (row that goes on, n_ff)
     out: Grid,                // (row that goes on, n_embd)
     numbers: Vec<u32>,        // 0, 1, 2...: the rows of a product in their own order
-    activations: Activations,
-    gated: Activations, // (row that goes on, n_ff): the down projection's
+    activations: Activations, // of more than OWN_ROWS rows, or attention's
+    gated: Activations,       // (row that goes on, n_ff): the down projection's
     own: Shared<Own>,
     own_activations: Vec<Activations>, // (thread)
 }
@@ -297,7 +297,7 @@ impl Step {
             p.meet()?;
             p.rotate_and_store(own, layer, index, &rows.enter);
             p.meet()?;
-            p.attend(own, index, rows);
+            p.attend(own, layer, index, rows);
             p.meet()?;
             p.keep_hidden(index, &rows.enter);
             p.attention_output(own, layer, rows)?;
@@ -528,15 +528,26 @@ impl<'a> Phases<'a> {
         }
     }
 
-    /// Attention of the rows that go on: into `partials` if they are few, else finished into `attention`.
-    fn attend(self, own: &mut Own, index: usize, rows: &LayerRows) {
+    /// Whether threads share the rows' contexts, too: of few rows, of which one has more than a split's worth.
+    fn shares_contexts(self, rows: &LayerRows) -> bool {
+        let stored = |i| self.plan.rows[self.kept(rows, i)].stored as usize;
+        rows.keep.len() <= SPLIT_ROWS && (0..rows.keep.len()).any(|i| stored(i) > split_len(stored(i)))
+    }
+
+    /// Whether attention that is finished is left as int8 blocks, which the output projection takes and no other.
+    fn attends_into_blocks(self, layer: &CpuLayer) -> bool {
+        layer.o_needs.is_int() && self.h.head_dim.is_multiple_of(32)
+    }
+
+    /// Attention of the rows that go on: into `partials` if contexts are shared, else finished, into `activations` or `attention`.
+    fn attend(self, own: &mut Own, layer: &CpuLayer, index: usize, rows: &LayerRows) {
         let (s, h) = (self.s, self.h);
         let (dim, width) = (h.head_dim, padded(h.head_dim));
         let group = h.n_heads / h.n_kv_heads;
         let mut tiles = std::mem::take(&mut own.tiles);
         self.find_tiles(&mut tiles, rows);
-        let is_split = rows.keep.len() <= SPLIT_ROWS;
-        let pieces = |t: &QueryTile| h.n_kv_heads * if is_split { t.parts() } else { 1 };
+        let is_shared = self.shares_contexts(rows);
+        let pieces = |t: &QueryTile| h.n_kv_heads * if is_shared { t.parts() } else { 1 };
         let total = tiles.iter().map(pieces).sum();
         let slots = slots(&s.options.layout);
         for mut piece in self.w.pieces(total, 1).map(|p| p.start).take_while(|_| !self.is_stopping()) {
@@ -549,7 +560,7 @@ impl<'a> Phases<'a> {
             let (part, head) = (piece / h.n_kv_heads, piece % h.n_kv_heads);
             self.load_queries(own, rows, tile, head);
             let n = tile.n * group;
-            if is_split {
+            if is_shared {
                 self.attend_part(own, index, rows, tile, head, part);
                 let slot = if part < tile.splits() { part } else { slots - 1 };
                 for q in 0..n {
@@ -574,12 +585,17 @@ impl<'a> Phases<'a> {
                     };
                 }
             }
-            for q in 0..n {
-                let (i, head) = (tile.first + q / group, head * group + q % group);
+            for (q, total) in own.totals.chunks_exact(width + 2).take(n).enumerate() {
+                let (i, first) = (tile.first + q / group, (head * group + q % group) * dim);
                 // SAFETY: phases: this row's and head's part; these kernels are this CPU's.
                 unsafe {
-                    let out = s.attention.part_mut(i, head * dim, dim);
-                    (self.kernels.finish)(&own.totals[q * (width + 2)..(q + 1) * (width + 2)], out);
+                    if self.attends_into_blocks(layer) {
+                        let out = &mut own.row[..dim];
+                        (self.kernels.finish)(total, out);
+                        s.activations.set_blocks(self.kernels, i, rows.keep.len(), h.q_dim(), first, out);
+                    } else {
+                        (self.kernels.finish)(total, s.attention.part_mut(i, first, dim));
+                    }
                 }
             }
         }
@@ -677,13 +693,9 @@ impl<'a> Phases<'a> {
         }
     }
 
-    /// A row's attention, merged from its parts if it was split.
-    fn attended(self, own: &mut Own, rows: &LayerRows, i: usize) -> Input<'a> {
+    /// A row's attention, merged from its parts.
+    fn merged(self, own: &mut Own, rows: &LayerRows, i: usize) -> Input<'a> {
         let (s, h) = (self.s, self.h);
-        if rows.keep.len() > SPLIT_ROWS {
-            // SAFETY: phases.
-            return Input::Shared(unsafe { s.attention.row(i) });
-        }
         let out = &mut own.row[..h.q_dim()];
         let row: &Row = &self.plan.rows[self.kept(rows, i)];
         let splits = (row.stored as usize).div_ceil(split_len(row.stored as usize));
@@ -710,7 +722,14 @@ impl<'a> Phases<'a> {
     /// Output projection of attention, and its residual.
     fn attention_output(self, own: &mut Own, layer: &CpuLayer, rows: &LayerRows) -> Option<()> {
         let n = rows.keep.len();
-        let x = self.inputs(own, &layer.o_needs, n, |own, i| self.attended(own, rows, i))?;
+        let x = if self.shares_contexts(rows) {
+            self.inputs(own, &layer.o_needs, n, |own, i| self.merged(own, rows, i))?
+        } else if self.attends_into_blocks(layer) {
+            &self.s.activations // as `attend` has left them
+        } else {
+            // SAFETY: phases.
+            self.inputs(own, &layer.o_needs, n, |_, i| Input::Shared(unsafe { self.s.attention.row(i) }))?
+        };
         self.add_to_residual(own, &layer.o, &layer.attention_norm, x, rows)
     }
 
