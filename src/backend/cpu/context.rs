@@ -585,16 +585,22 @@ impl<'a> Phases<'a> {
                     };
                 }
             }
-            for (q, total) in own.totals.chunks_exact(width + 2).take(n).enumerate() {
-                let (i, first) = (tile.first + q / group, (head * group + q % group) * dim);
-                // SAFETY: phases: this row's and head's part; these kernels are this CPU's.
+            for (i, totals) in own.totals.chunks_exact(group * (width + 2)).take(tile.n).enumerate() {
+                let (i, first) = (tile.first + i, head * group * dim);
+                // SAFETY: phases: this row's and these heads' part; these kernels are this CPU's.
                 unsafe {
-                    if self.attends_into_blocks(layer) {
-                        let out = &mut own.row[..dim];
-                        (self.kernels.finish)(total, out);
-                        s.activations.set_blocks(self.kernels, i, rows.keep.len(), h.q_dim(), first, out);
+                    let is_blocks = self.attends_into_blocks(layer);
+                    let out = if is_blocks {
+                        &mut own.row[..group * dim]
                     } else {
-                        (self.kernels.finish)(total, s.attention.part_mut(i, first, dim));
+                        s.attention.part_mut(i, first, group * dim)
+                    };
+                    for (total, out) in totals.chunks_exact(width + 2).zip(out.chunks_exact_mut(dim)) {
+                        (self.kernels.finish)(total, out);
+                    }
+                    if is_blocks {
+                        let n = rows.keep.len();
+                        s.activations.set_blocks(self.kernels, &layer.o_needs, i, n, h.q_dim(), first, out);
                     }
                 }
             }
@@ -751,7 +757,7 @@ impl<'a> Phases<'a> {
                     let gate = s.gate.part_mut(i, columns.start, columns.len());
                     (self.kernels.silu)(gate, s.up.part(i, columns.start, columns.len()));
                     if layer.down_needs.is_int() {
-                        s.gated.set_blocks(self.kernels, i, n, h.n_ff, columns.start, gate);
+                        s.gated.set_blocks(self.kernels, &layer.down_needs, i, n, h.n_ff, columns.start, gate);
                     }
                 }
             }

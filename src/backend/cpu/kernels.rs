@@ -22,7 +22,7 @@ pub struct Tiles {
     pub n_tiles: usize,
     pub tile_bytes: usize,
     pub n_in: usize,
-    /// int8 `[block][quad 8][row][4]`, of 32-column blocks; or f32 `[column][row]`.
+    /// int8 `[block][row][32]`; or f32 `[column][row]`.
     pub x: *const u8,
     /// `[META][block][row]`, see [`meta`]; unused by float weights.
     pub meta: *const u32,
@@ -83,12 +83,14 @@ pub mod meta {
 
 /// Where blocks of one activation row go within their group.
 pub struct Quants {
-    /// int8 `[block][quad 8][row][4]`, from the first of the blocks on.
+    /// int8 `[block][row][32]`, from the first of the blocks on.
     pub quants: *mut i8,
     /// `[META][block][row]`, likewise.
     pub meta: *mut u32,
     /// Words to a plane of `meta`.
     pub plane: usize,
+    /// The planes that are wanted, a bit for each; all of them are with a scale.
+    pub words: u8,
     /// Rows of the group, and which of them this is.
     pub rows: usize,
     pub row: usize,
@@ -292,7 +294,7 @@ unsafe fn i32_at(p: *const u32, i: usize) -> i32 {
 unsafe fn add_quad<S: Tiled, const K: usize>(s: &mut [S::P; K], weights: S::B, x: *const i32, quad: usize) {
     for k in 0..K {
         // SAFETY: a block has 8 quads of K rows.
-        unsafe { s[k] = S::dot(s[k], weights, x.add(quad * K + k).read_unaligned()) };
+        unsafe { s[k] = S::dot(s[k], weights, x.add(8 * k + quad).read_unaligned()) };
     }
 }
 
@@ -396,7 +398,7 @@ unsafe fn tile_8<S: Tiled, const K: usize, const PREFETCHES: bool>(t: &Tiles) {
                     }
                     let v = S::load_b(w.add(64 * Q + 4 * lane));
                     for k in 0..K {
-                        s[k] = S::dot_biased(s[k], v, x.add(Q * K + k).read_unaligned());
+                        s[k] = S::dot_biased(s[k], v, x.add(8 * k + Q).read_unaligned());
                     }
                 });
                 let d = S::load_f16(w.add(512 + 2 * lane).cast());
@@ -631,11 +633,11 @@ unsafe fn tile_of<S: Simd, const T: u8, const K: usize, const PREFETCHES: bool>(
 unsafe fn quantize<S: Simd>(x: &[f32], to: &Quants) {
     // Below it 127 / largest is infinite: all such values are zero.
     const SMALLEST: f32 = 4e-37;
-    let &Quants { quants, meta, plane, rows, row } = to;
-    let quad = 4 * rows;
-    // SAFETY: `row < rows`, and a block of the group has 8 quads and a word of each plane for every row.
+    let &Quants { quants, meta, plane, words, rows, row } = to;
+    let wants = |word: usize| words & (1 << word) != 0;
+    // SAFETY: `row < rows`, and a block of the group has 32 bytes and a word of each plane for every row.
     unsafe {
-        let (mut quants, mut meta) = (quants.add(4 * row), meta.add(row));
+        let (mut quants, mut meta) = (quants.add(32 * row), meta.add(row));
         for x in x.as_chunks::<32>().0 {
             let mut largest = S::splat(0.0);
             for i in (0..32).step_by(S::LANES) {
@@ -644,31 +646,27 @@ unsafe fn quantize<S: Simd>(x: &[f32], to: &Quants) {
             }
             let largest = S::reduce_max(largest);
             let inverse = S::splat(if largest > SMALLEST { 127.0 / largest } else { 0.0 });
-            let mut q = [0i8; 32];
             for i in (0..32).step_by(S::LANES) {
-                S::store_i8(q.as_mut_ptr().add(i), S::to_i(S::mul(S::load(x.as_ptr().add(i)), inverse)));
-            }
-            for q in q.as_chunks::<4>().0 {
-                quants.cast::<[i8; 4]>().write_unaligned(*q);
-                quants = quants.add(quad);
+                S::store_i8(quants.add(i), S::to_i(S::mul(S::load(x.as_ptr().add(i)), inverse)));
             }
             let scale = largest / 127.0;
-            let (first, second) = (S::sum_i8(q.as_ptr()), S::sum_i8(q.as_ptr().add(16)));
+            let (first, second) = (S::sum_i8(quants), S::sum_i8(quants.add(16)));
             let sum = first + second;
-            let words = [
-                scale.to_bits(),
-                (-8 * sum) as u32,
-                (-128 * sum) as u32,
-                (scale * sum as f32).to_bits(),
-                (-32 * first) as u32,
-                (-32 * second) as u32,
-            ];
-            let mut to = meta;
-            for word in words {
-                *to = word;
-                to = to.add(plane);
+            *meta.add(meta::SCALE * plane) = scale.to_bits();
+            if wants(meta::ZERO_8) {
+                *meta.add(meta::ZERO_8 * plane) = (-8 * sum) as u32;
             }
-            meta = meta.add(rows);
+            if wants(meta::ZERO_128) {
+                *meta.add(meta::ZERO_128 * plane) = (-128 * sum) as u32;
+            }
+            if wants(meta::SUM) {
+                *meta.add(meta::SUM * plane) = (scale * sum as f32).to_bits();
+            }
+            if wants(meta::ZERO_32) {
+                *meta.add(meta::ZERO_32 * plane) = (-32 * first) as u32;
+                *meta.add((meta::ZERO_32 + 1) * plane) = (-32 * second) as u32;
+            }
+            (quants, meta) = (quants.wrapping_add(32 * rows), meta.wrapping_add(rows)); // at last beyond the end
         }
     }
 }

@@ -88,7 +88,8 @@ impl Choice {
 /// The forms of activations that some matrices take.
 #[derive(Clone, Copy, Default)]
 pub struct Needs {
-    int: bool,
+    /// Of int8 blocks, the words that are wanted with them ([`Packing::words`]); 0: no such blocks.
+    words: u8,
     float: bool,
     /// By [`Dot::slot`].
     ggml: [Option<Dot>; 3],
@@ -99,7 +100,7 @@ impl Needs {
         let mut needs = Needs::default();
         for m in matrices {
             match &m.storage {
-                Storage::Packed { packing, .. } if !packing.is_float() => needs.int = true,
+                Storage::Packed { packing, .. } if !packing.is_float() => needs.words |= packing.words(),
                 Storage::Packed { .. } | Storage::Converted { .. } => needs.float = true,
                 Storage::Ggml { dot, .. } => needs.ggml[dot.slot()] = Some(*dot),
             }
@@ -109,13 +110,13 @@ impl Needs {
 
     /// Whether int8 is the only form asked for: then blocks can be converted one by one.
     pub fn is_int(&self) -> bool {
-        self.int && !self.float && self.ggml.iter().all(Option::is_none)
+        self.words != 0 && !self.float && self.ggml.iter().all(Option::is_none)
     }
 }
 
 /// Rows of activations in the forms that weights take, grouped as the kernels take them.
 pub struct Activations {
-    quants: Shared<i8>,  // (group): (block, quad 8, row, 4)
+    quants: Shared<i8>,  // (group): (block, row, 32)
     meta: Shared<u32>,   // (group): (meta::WORDS, block, row)
     floats: Shared<f32>, // (group): (column, row)
     ggml: Shared<u8>,    // (slot 3, row, ggml_row_bytes)
@@ -129,7 +130,7 @@ impl Activations {
         let what = "scratch";
         let has_ggml = needs.ggml.iter().any(Option::is_some);
         let ggml_row_bytes = if has_ggml { Dot::most_bytes(widest) } else { 0 };
-        let ints = if needs.int { rows } else { 0 };
+        let ints = if needs.words != 0 { rows } else { 0 };
         Ok(Activations {
             quants: Shared::new(what, ints, widest)?,
             meta: Shared::new(what, ints, widest.div_ceil(32) * meta::WORDS)?,
@@ -148,9 +149,11 @@ impl Activations {
     ///
     /// # Safety
     /// Nobody reads this meanwhile or writes the same columns.
+    #[allow(clippy::too_many_arguments)]
     pub unsafe fn set_blocks(
         &self,
         kernels: &Kernels,
+        needs: &Needs,
         row: usize,
         n: usize,
         width: usize,
@@ -166,7 +169,8 @@ impl Activations {
         unsafe {
             let quants = self.quants.as_ptr().add(first * width + first_column * rows);
             let meta = self.meta.as_ptr().add(first * (width / 32) * meta::WORDS + first_column / 32 * rows);
-            (kernels.quantize)(x, &Quants { quants, meta, plane, rows, row: row - first });
+            let words = needs.words;
+            (kernels.quantize)(x, &Quants { quants, meta, plane, words, rows, row: row - first });
         }
     }
 
@@ -177,9 +181,9 @@ impl Activations {
     pub unsafe fn set(&self, kernels: &Kernels, needs: &Needs, row: usize, n: usize, x: &[f32]) {
         assert!(row < n && n <= self.capacity);
         let width = x.len();
-        if needs.int {
+        if needs.words != 0 {
             // SAFETY: the caller's.
-            unsafe { self.set_blocks(kernels, row, n, width, 0, x) };
+            unsafe { self.set_blocks(kernels, needs, row, n, width, 0, x) };
         }
         if needs.float {
             let (first, rows) = group_of(row, n, kernels.largest_group(true));

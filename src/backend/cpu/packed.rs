@@ -18,6 +18,7 @@
 
 use half::{bf16, f16};
 
+use super::kernels::meta;
 use crate::tensor::{DType, dequantize_row};
 
 /// Rows of a tile.
@@ -67,6 +68,18 @@ impl Packing {
             Packing::F32 => DType::F32,
             Packing::F16 => DType::F16,
             Packing::BF16 => DType::BF16,
+        }
+    }
+
+    /// The words ([`meta`]) that its kernels want with activations, a bit for each; of those that are two, the first's.
+    pub fn words(self) -> u8 {
+        let bits = |words: &[usize]| words.iter().fold(0, |bits, word| bits | 1 << word);
+        match self {
+            Packing::Q4_0 => bits(&[meta::SCALE, meta::ZERO_8]),
+            Packing::Q8_0 => bits(&[meta::SCALE, meta::ZERO_128]),
+            Packing::Q4_1 | Packing::Q4_K | Packing::Q5_K => bits(&[meta::SCALE, meta::SUM]),
+            Packing::Q6_K => bits(&[meta::SCALE, meta::ZERO_32]),
+            Packing::F32 | Packing::F16 | Packing::BF16 => 0,
         }
     }
 
