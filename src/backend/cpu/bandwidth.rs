@@ -26,7 +26,7 @@ pub fn read_bandwidth(n_threads: usize) -> Result<f64> {
         let begin = Instant::now();
         pool.run(&|w: &Worker| {
             // As weights of one row are read. SAFETY: these kernels are this CPU's.
-            let seen = unsafe { (kernels.read)(&bytes[w.share(BYTES, 1 << 16)], kernels.prefetches(1)) };
+            let seen = unsafe { (kernels.read)(&bytes[w.share(BYTES, 1 << 16)], kernels.prefetches()) };
             total.fetch_add(seen, Ordering::Relaxed);
         });
         std::hint::black_box(total.into_inner());

@@ -415,7 +415,7 @@ impl<'a> Phases<'a> {
     /// This thread's part of the outputs of `projections`, which follow one another.
     fn multiply(self, convert: &mut [f32], x: &Activations, projections: &[(&Projection, Outputs)]) {
         let (n_tiles, n) = (projections.iter().map(|(p, _)| p.matrix.n_tiles()).sum(), projections[0].1.n_rows());
-        for piece in self.pieces(n_tiles, 1, n) {
+        for piece in self.pieces(n_tiles, self.kernels.tiles_at_once(), n) {
             let mut from = 0;
             for (p, to) in projections {
                 let tiles = overlap(&piece, from, p.matrix.n_tiles());
@@ -839,7 +839,7 @@ impl<'a> Phases<'a> {
         own.rows.clear();
         own.rows.extend(self.plan.outputs.iter().map(|output| output.logits));
         let to = Outputs::new(&s.logits, &own.rows, false);
-        for tiles in self.pieces(s.model.head.n_tiles(), 1, n) {
+        for tiles in self.pieces(s.model.head.n_tiles(), self.kernels.tiles_at_once(), n) {
             // SAFETY: `inputs` has put in all rows; logits: the columns of this thread's tiles.
             unsafe { s.model.head.tiles(self.kernels, x, tiles, &mut own.convert, None, &to) };
         }

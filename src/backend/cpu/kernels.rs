@@ -10,7 +10,7 @@ use std::sync::OnceLock;
 use super::attention::{self, Attend};
 use super::packed::{Packing, TILE};
 use super::simd::plain::Plain;
-use super::simd::{Simd, Tiled};
+use super::simd::{Simd, Tiled, Twice};
 use crate::error::{Error, Result, invalid};
 use crate::model::RopePairs;
 
@@ -34,8 +34,10 @@ pub struct Tiles {
     pub rows: *const u32,
     /// Whether to add to what is there.
     pub adds: bool,
-    /// Whether to prefetch weights; with more than [`UNPREFETCHED_ROWS`] kernels always do.
-    pub prefetches: bool,
+    /// How many bytes ahead of the current ones weights are prefetched; 0: not at all, of up to [`UNPREFETCHED_ROWS`] rows.
+    pub ahead: usize,
+    /// Whether to take tiles in twos, of up to [`Simd::PAIRED_ROWS`] rows.
+    pub pairs: bool,
 }
 
 impl Tiles {
@@ -106,6 +108,9 @@ pub struct Kernels {
     float_rows: usize,
     /// Rows that weights are not prefetched for, up to [`UNPREFETCHED_ROWS`]: so few leave the CPU's own prefetchers the time, and on some CPUs those alone do better.
     unprefetched_rows: usize,
+    /// Whether integer tiles are taken in twos, which share each activation that is read.
+    pairs: bool,
+    paired_rows: usize,
     /// The kernel for a group of so many rows.
     pub tiles: fn(Packing, usize) -> TilesFn,
     /// Quantizes whole blocks of a row of activations.
@@ -127,18 +132,40 @@ pub struct Kernels {
 impl Kernels {
     /// Activation rows of the largest group for a packing; see [`groups`].
     pub fn largest_group(&self, is_float: bool) -> usize {
-        if is_float { self.float_rows } else { self.int_rows }
+        match is_float {
+            true => self.float_rows,
+            false if self.pairs => self.paired_rows,
+            false => self.int_rows,
+        }
     }
 
-    /// The same entry points, with weights prefetched or not wherever there is a choice.
+    /// Tiles that are taken together.
+    pub fn tiles_at_once(&self) -> usize {
+        if self.pairs { 2 } else { 1 }
+    }
+
+    /// How many bytes ahead kernels of so many rows prefetch weights, in tiles of so many bytes; 0: not at all.
+    pub fn ahead(&self, rows: usize, tile_bytes: usize) -> usize {
+        // Of two short tiles, the same place in the next two: 4 KiB on, one would be in the other.
+        let next = self.tiles_at_once() * tile_bytes;
+        match rows <= self.unprefetched_rows {
+            true => 0,
+            false if self.pairs && next <= 4 * AHEAD => next,
+            false => AHEAD,
+        }
+    }
+
+    /// Whether weights of one row are prefetched.
+    pub fn prefetches(&self) -> bool {
+        self.unprefetched_rows == 0
+    }
+
+    /// The same entry points as they are used on any make of CPU.
     #[cfg(test)]
-    pub fn prefetching(&self, prefetches: bool) -> Kernels {
-        Kernels { unprefetched_rows: if prefetches { 0 } else { UNPREFETCHED_ROWS }, ..*self }
-    }
-
-    /// Whether kernels of so many rows prefetch weights.
-    pub fn prefetches(&self, rows: usize) -> bool {
-        rows > self.unprefetched_rows
+    pub fn all_ways(&self) -> Vec<Kernels> {
+        let ways = [(0, false), (UNPREFETCHED_ROWS, false), (0, true)];
+        let there = ways.into_iter().filter(|&(_, pairs)| !pairs || self.paired_rows > 0);
+        there.map(|(unprefetched_rows, pairs)| Kernels { unprefetched_rows, pairs, ..*self }).collect()
     }
 }
 
@@ -222,9 +249,10 @@ impl fmt::Display for Variant {
     }
 }
 
-/// On Zen 4 one and two rows are faster with the CPU's own prefetchers alone, on Ice Lake they are not: docs/performance.md.
+/// On Zen 4 one and two rows are faster with the CPU's own prefetchers alone, on Ice Lake they are not; and tiles in twos were measured on Ice Lake
+/// only: docs/performance.md.
 #[cfg(target_arch = "x86_64")]
-static AVX512_AMD: Kernels = avx512::table(UNPREFETCHED_ROWS);
+static AVX512_AMD: Kernels = avx512::table(UNPREFETCHED_ROWS, false);
 
 #[cfg(target_arch = "x86_64")]
 fn is_amd() -> bool {
@@ -262,7 +290,7 @@ pub fn prefers_ggml() -> bool {
     std::env::var("PHD_CPU_VARIANT").is_ok_and(|v| v == "ggml")
 }
 
-/// Bytes ahead of the current ones that are prefetched: with more rows more instructions stand between loads and the hardware's own
+/// Bytes ahead of the current ones that are prefetched, as a rule: with more rows more instructions stand between loads and the hardware's own
 /// prefetcher falls behind.
 const AHEAD: usize = 4096;
 
@@ -327,6 +355,7 @@ unsafe fn add_scaled<S: Tiled>(acc: &mut S::F, sum: S::I, scale: S::F, scales: *
 #[inline(always)]
 unsafe fn tile_4<S: Tiled, const K: usize, const PREFETCHES: bool, const HAS_MIN: bool>(t: &Tiles) {
     let unit = if HAS_MIN { 320 } else { 288 };
+    let apart = t.tile_bytes;
     // SAFETY: every pointer stays within its array: blocks and rows are counted by the loops.
     unsafe {
         for lane in (0..TILE).step_by(S::LANES) {
@@ -344,21 +373,21 @@ unsafe fn tile_4<S: Tiled, const K: usize, const PREFETCHES: bool, const HAS_MIN
                 }
                 repeat!([0 1 2 3] Q => {
                     if PREFETCHES && lane == 0 {
-                        S::prefetch(w.wrapping_add(64 * Q + AHEAD));
+                        S::prefetch_weights(apart, w.wrapping_add(64 * Q + t.ahead));
                     }
-                    let v = S::load_b(w.add(64 * Q + 4 * lane));
+                    let v = S::weights(apart, w.add(64 * Q + 4 * lane));
                     let low = S::bits(v, 0, 0, 15);
                     add_quad::<S, K>(&mut s, low, x, Q);
                     let high = S::bits(v, 0, 4, 15);
                     add_quad::<S, K>(&mut s, high, x, 4 + Q);
                 });
-                let d = S::load_f16(w.add(256 + 2 * lane).cast());
+                let d = S::weights_f16(apart, w.add(256 + 2 * lane).cast());
                 for k in 0..K {
                     let zero = if HAS_MIN { 0 } else { i32_at(zeros, k) };
                     add_scaled::<S>(&mut acc[k], S::end(s[k], S::splat_i(0), zero), d, scales, k);
                 }
                 if HAS_MIN {
-                    let min = S::load_f16(w.add(288 + 2 * lane).cast());
+                    let min = S::weights_f16(apart, w.add(288 + 2 * lane).cast());
                     for k in 0..K {
                         acc[k] = S::fma(min, S::splat(f32_at(sums, k)), acc[k]);
                     }
@@ -380,6 +409,7 @@ unsafe fn tile_4<S: Tiled, const K: usize, const PREFETCHES: bool, const HAS_MIN
 /// As for [`tiles`].
 #[inline(always)]
 unsafe fn tile_8<S: Tiled, const K: usize, const PREFETCHES: bool>(t: &Tiles) {
+    let apart = t.tile_bytes;
     // SAFETY: as in `tile_4`.
     unsafe {
         for lane in (0..TILE).step_by(S::LANES) {
@@ -394,14 +424,14 @@ unsafe fn tile_8<S: Tiled, const K: usize, const PREFETCHES: bool>(t: &Tiles) {
                 }
                 repeat!([0 1 2 3 4 5 6 7] Q => {
                     if PREFETCHES && lane == 0 {
-                        S::prefetch(w.wrapping_add(64 * Q + AHEAD));
+                        S::prefetch_weights(apart, w.wrapping_add(64 * Q + t.ahead));
                     }
-                    let v = S::load_b(w.add(64 * Q + 4 * lane));
+                    let v = S::weights(apart, w.add(64 * Q + 4 * lane));
                     for k in 0..K {
                         s[k] = S::dot_biased(s[k], v, x.add(8 * k + Q).read_unaligned());
                     }
                 });
-                let d = S::load_f16(w.add(512 + 2 * lane).cast());
+                let d = S::weights_f16(apart, w.add(512 + 2 * lane).cast());
                 for k in 0..K {
                     add_scaled::<S>(&mut acc[k], s[k], d, scales, k);
                 }
@@ -422,6 +452,7 @@ unsafe fn tile_8<S: Tiled, const K: usize, const PREFETCHES: bool>(t: &Tiles) {
 #[inline(always)]
 unsafe fn tile_4_k<S: Tiled, const K: usize, const PREFETCHES: bool, const HAS_HIGH: bool>(t: &Tiles) {
     let block = if HAS_HIGH { 352 } else { 288 };
+    let apart = t.tile_bytes;
     // SAFETY: as in `tile_4`.
     unsafe {
         for lane in (0..TILE).step_by(S::LANES) {
@@ -430,22 +461,22 @@ unsafe fn tile_4_k<S: Tiled, const K: usize, const PREFETCHES: bool, const HAS_H
             let mut scales = t.plane::<K>(meta::SCALE);
             let mut sums = t.plane::<K>(meta::SUM);
             for _ in 0..t.n_in / 256 {
-                let d = S::load_f16(w.add(2 * lane).cast());
-                let dmin = S::mul(S::load_f16(w.add(32 + 2 * lane).cast()), S::splat(-1.0));
+                let d = S::weights_f16(apart, w.add(2 * lane).cast());
+                let dmin = S::mul(S::weights_f16(apart, w.add(32 + 2 * lane).cast()), S::splat(-1.0));
                 w = w.add(64);
                 for _ in 0..8 {
                     let (mut s, mut carried) = ([S::begin(0); K], [S::splat_i(0); K]);
                     let q = w.add(32);
                     repeat!([0 1 2 3] Q => {
                         if PREFETCHES && lane == 0 {
-                            S::prefetch(q.wrapping_add(64 * Q + AHEAD));
+                            S::prefetch_weights(apart, q.wrapping_add(64 * Q + t.ahead));
                         }
-                        let v = S::load_b(q.add(64 * Q + 4 * lane));
+                        let v = S::weights(apart, q.add(64 * Q + 4 * lane));
                         let mut low = S::bits(v, 0, 0, 15);
                         let mut high = S::bits(v, 0, 4, 15);
                         if HAS_HIGH {
                             // Bit Q, then bit 4 + Q, of the plane becomes the fifth bit.
-                            let plane = S::load_b(q.add(256 + 4 * lane));
+                            let plane = S::weights(apart, q.add(256 + 4 * lane));
                             low = S::or(low, S::bits(plane, 4 - Q as i32, 0, 16));
                             high = S::or(high, S::bits(plane, 0, Q as i32, 16));
                         }
@@ -455,8 +486,8 @@ unsafe fn tile_4_k<S: Tiled, const K: usize, const PREFETCHES: bool, const HAS_H
                             carry::<S, K>(&mut s, &mut carried);
                         }
                     });
-                    let scale = S::mul(d, S::load_u8(w.add(lane)));
-                    let min = S::mul(dmin, S::load_u8(w.add(TILE + lane)));
+                    let scale = S::mul(d, S::weights_u8(apart, w.add(lane)));
+                    let min = S::mul(dmin, S::weights_u8(apart, w.add(TILE + lane)));
                     for k in 0..K {
                         add_scaled::<S>(&mut acc[k], S::end(s[k], carried[k], 0), scale, scales, k);
                         acc[k] = S::fma(min, S::splat(f32_at(sums, k)), acc[k]);
@@ -478,6 +509,7 @@ unsafe fn tile_4_k<S: Tiled, const K: usize, const PREFETCHES: bool, const HAS_H
 /// As for [`tiles`].
 #[inline(always)]
 unsafe fn tile_6_k<S: Tiled, const K: usize, const PREFETCHES: bool>(t: &Tiles) {
+    let apart = t.tile_bytes;
     // SAFETY: as in `tile_4`.
     unsafe {
         for lane in (0..TILE).step_by(S::LANES) {
@@ -486,27 +518,29 @@ unsafe fn tile_6_k<S: Tiled, const K: usize, const PREFETCHES: bool>(t: &Tiles) 
             let mut scales = t.plane::<K>(meta::SCALE);
             let mut zeros = [t.plane::<K>(meta::ZERO_32), t.plane::<K>(meta::ZERO_32 + 1)];
             for _ in 0..t.n_in / 256 {
-                let d = S::load_f16(w.add(2 * lane).cast());
+                let d = S::weights_f16(apart, w.add(2 * lane).cast());
                 w = w.add(32);
                 for _ in 0..8 {
                     // Nibbles hold quad Q and quad 4 + Q: the first half of the columns is all in the low ones.
                     let q = w.add(32);
-                    let scale =
-                        [S::mul(d, S::load_i8(w.add(lane).cast())), S::mul(d, S::load_i8(w.add(TILE + lane).cast()))];
+                    let scale = [
+                        S::mul(d, S::weights_i8(apart, w.add(lane).cast())),
+                        S::mul(d, S::weights_i8(apart, w.add(TILE + lane).cast())),
+                    ];
                     repeat!([0 1] HALF => {
                         let (mut s, mut carried) = ([S::begin(0); K], [S::splat_i(0); K]);
                         for k in 0..K {
                             s[k] = S::begin(i32_at(zeros[HALF], k));
                         }
-                        let plane = S::load_b(q.add(256 + 64 * HALF + 4 * lane));
+                        let plane = S::weights(apart, q.add(256 + 64 * HALF + 4 * lane));
                         repeat!([0 1 2 3] Q => {
                             if PREFETCHES && lane == 0 && HALF == 0 {
-                                S::prefetch(q.wrapping_add(64 * Q + AHEAD));
+                                S::prefetch_weights(apart, q.wrapping_add(64 * Q + t.ahead));
                                 if Q < 2 {
-                                    S::prefetch(q.wrapping_add(256 + 64 * Q + AHEAD));
+                                    S::prefetch_weights(apart, q.wrapping_add(256 + 64 * Q + t.ahead));
                                 }
                             }
-                            let v = S::load_b(q.add(64 * Q + 4 * lane));
+                            let v = S::weights(apart, q.add(64 * Q + 4 * lane));
                             let low = S::bits(v, 0, 4 * HALF as i32, 15);
                             // Bits 2Q and 2Q + 1 become bits 4 and 5.
                             let high = S::bits(plane, [4, 2, 0, 0][Q], [0, 0, 0, 2][Q], 48);
@@ -564,7 +598,7 @@ unsafe fn tile_f<S: Tiled, const K: usize, const PREFETCHES: bool, const T: u8>(
             for _ in 0..t.n_in / 4 {
                 repeat!([0 1 2 3] C => {
                     if PREFETCHES && lane == 0 && (T == F32 || [true, false, true, false][C]) {
-                        S::prefetch(w.wrapping_add(C * column_bytes + AHEAD));
+                        S::prefetch(w.wrapping_add(C * column_bytes + t.ahead));
                     }
                     let v = column::<S, T>(w.add(C * column_bytes), lane);
                     for k in 0..K {
@@ -596,33 +630,38 @@ unsafe fn tile_f<S: Tiled, const K: usize, const PREFETCHES: bool, const T: u8>(
 #[inline(always)]
 unsafe fn tiles<S: Simd, const T: u8, const K: usize>(t: &Tiles) {
     // In here, so that the end of a tile and the beginning of the next overlap.
-    for i in 0..t.n_tiles {
+    let mut i = 0;
+    while i < t.n_tiles {
+        let is_pair = T < F32 && K <= S::PAIRED_ROWS && t.pairs && i + 1 < t.n_tiles;
         // SAFETY: the caller's: tiles lie one after another, as their columns of the outputs do.
         unsafe {
-            let one = Tiles { weights: t.weights.add(i * t.tile_bytes), out: t.out.add(i * TILE), ..*t };
-            if K <= UNPREFETCHED_ROWS && !t.prefetches {
-                tile_of::<S, T, K, false>(&one);
+            let here = Tiles { weights: t.weights.add(i * t.tile_bytes), out: t.out.add(i * TILE), ..*t };
+            if is_pair {
+                tile_of::<Twice<S::Wide, true>, T, K, true>(&here);
+            } else if K <= UNPREFETCHED_ROWS && t.ahead == 0 {
+                tile_of::<S::Wide, T, K, false>(&here);
             } else {
-                tile_of::<S, T, K, true>(&one);
+                tile_of::<S::Wide, T, K, true>(&here);
             }
         }
+        i += 1 + usize::from(is_pair);
     }
 }
 
 /// # Safety
-/// As for [`tiles`].
+/// As for [`tiles`]: of one tile, or of two for a vector that is a pair.
 #[inline(always)]
-unsafe fn tile_of<S: Simd, const T: u8, const K: usize, const PREFETCHES: bool>(t: &Tiles) {
+unsafe fn tile_of<S: Tiled, const T: u8, const K: usize, const PREFETCHES: bool>(t: &Tiles) {
     // SAFETY: the caller's.
     unsafe {
         match T {
-            0 => tile_4::<S::Wide, K, PREFETCHES, false>(t),
-            1 => tile_4::<S::Wide, K, PREFETCHES, true>(t),
-            2 => tile_8::<S::Wide, K, PREFETCHES>(t),
-            3 => tile_4_k::<S::Wide, K, PREFETCHES, false>(t),
-            4 => tile_4_k::<S::Wide, K, PREFETCHES, true>(t),
-            5 => tile_6_k::<S::Wide, K, PREFETCHES>(t),
-            _ => tile_f::<S::Wide, K, PREFETCHES, T>(t),
+            0 => tile_4::<S, K, PREFETCHES, false>(t),
+            1 => tile_4::<S, K, PREFETCHES, true>(t),
+            2 => tile_8::<S, K, PREFETCHES>(t),
+            3 => tile_4_k::<S, K, PREFETCHES, false>(t),
+            4 => tile_4_k::<S, K, PREFETCHES, true>(t),
+            5 => tile_6_k::<S, K, PREFETCHES>(t),
+            _ => tile_f::<S, K, PREFETCHES, T>(t),
         }
     }
 }
@@ -869,12 +908,14 @@ macro_rules! instruction_set {
                 unsafe { read::<$simd>(bytes, prefetches) }
             }
 
-            pub const fn table(unprefetched_rows: usize) -> Kernels {
+            pub const fn table(unprefetched_rows: usize, pairs: bool) -> Kernels {
                 Kernels {
                 variant: $variant,
                 int_rows: <$simd>::INT_ROWS,
                 float_rows: <$simd>::FLOAT_ROWS,
                 unprefetched_rows,
+                    pairs,
+                    paired_rows: <$simd>::PAIRED_ROWS,
                 tiles: select,
                 quantize: quantize_row,
                 norm: norm_row,
@@ -887,7 +928,7 @@ macro_rules! instruction_set {
                 }
             }
 
-            pub static KERNELS: Kernels = table(0);
+            pub static KERNELS: Kernels = table(0, <$simd>::PAIRED_ROWS > 0);
         }
     };
 }

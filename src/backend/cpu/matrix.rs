@@ -274,12 +274,13 @@ impl Matrix {
                 let bytes = arena.bytes()[*offset..].as_ptr();
                 // Whole tiles go where they belong as they are.
                 let whole = if bias.is_none() { self.n_out / TILE } else { 0 };
-                // Groups take turns with each tile, which stays in the first-level cache; one alone goes through them all.
+                // Groups take turns with a tile or two, which stay in the first-level cache; one alone goes through them all.
                 let n = to.rows.len();
                 let is_one_group = group_of(0, n, kernels.largest_group(packing.is_float())).1 == n;
+                let at_once = if is_one_group { usize::MAX } else { kernels.tiles_at_once() };
                 let mut tile = tiles.start;
                 while tile < tiles.end {
-                    let next = if is_one_group && tile < whole { tiles.end.min(whole) } else { tile + 1 };
+                    let next = tile.saturating_add(at_once).min(tiles.end.min(whole)).max(tile + 1);
                     // SAFETY: the constructor checked that all tiles lie in the arena; the caller's for the rest.
                     unsafe {
                         self.run_tiles(kernels, *packing, bytes.add(tile * tile_bytes), x, tile..next, out, bias, to)
@@ -374,7 +375,8 @@ impl Matrix {
                 };
                 let rows = if is_direct { &to.rows[first..first + n] } else { &NUMBERS[..n] };
                 let kernel: TilesFn = (kernels.tiles)(packing, n);
-                let (rows, adds, prefetches) = (rows.as_ptr(), to.adds && is_direct, kernels.prefetches(n));
+                let (rows, adds, pairs) = (rows.as_ptr(), to.adds && is_direct, kernels.tiles_at_once() == 2);
+                let ahead = kernels.ahead(n, tile_bytes);
                 kernel(&Tiles {
                     weights,
                     n_tiles,
@@ -386,7 +388,8 @@ impl Matrix {
                     stride,
                     rows,
                     adds,
-                    prefetches,
+                    ahead,
+                    pairs,
                 });
             }
             if !is_direct {

@@ -18,11 +18,11 @@ use crate::backend::testing::{Noise, weights};
 use crate::checkpoint::TensorView;
 use crate::tensor::{DType, dequantize_row};
 
-/// Of each instruction set that this CPU has, as on CPUs where weights are prefetched and on those where they are not.
+/// Of each instruction set that this CPU has, in all the ways in which some make of CPU uses them.
 fn all_kernels() -> Vec<Kernels> {
     let all: Vec<_> = Variant::ALL.into_iter().filter_map(Variant::kernels).collect();
     assert_eq!(all.last().map(|k| k.variant), Some(Variant::Plain));
-    all.into_iter().flat_map(|k| [k.prefetching(true), k.prefetching(false)]).collect()
+    all.into_iter().flat_map(Kernels::all_ways).collect()
 }
 
 fn prepare_one(tensor: &TensorView, prefer_ggml: bool) -> Matrix {

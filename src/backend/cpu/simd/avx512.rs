@@ -113,6 +113,7 @@ impl Tiled for Avx512Vnni {
 impl Simd for Avx512Vnni {
     const INT_ROWS: usize = 12;
     const FLOAT_ROWS: usize = 6;
+    const PAIRED_ROWS: usize = 6;
     const REGISTERS: usize = 32;
 
     type Wide = Self;

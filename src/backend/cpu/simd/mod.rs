@@ -12,8 +12,9 @@ pub mod avx512;
 #[cfg(target_arch = "aarch64")]
 pub mod neon;
 pub mod plain;
-#[cfg(target_arch = "x86_64")]
 mod twice;
+
+pub use twice::Twice;
 
 /// What the kernels of matrices need of vectors: those of an instruction set, or two of them side by side (`Twice`).
 pub trait Tiled: Copy {
@@ -61,6 +62,33 @@ pub trait Tiled: Copy {
     /// The same for signed weights that are stored with 128 added.
     unsafe fn dot_biased(sum: Self::I, w: Self::B, x: i32) -> Self::I;
     unsafe fn prefetch(p: *const u8);
+
+    /// Weights of a tile; where these are vectors of two tiles ([`Twice`]), of both, the second being `apart` bytes on.
+    #[inline(always)]
+    unsafe fn weights(_apart: usize, p: *const u8) -> Self::B {
+        // SAFETY: as for every function of this trait.
+        unsafe { Self::load_b(p) }
+    }
+    #[inline(always)]
+    unsafe fn weights_f16(_apart: usize, p: *const u16) -> Self::F {
+        // SAFETY: as for every function of this trait.
+        unsafe { Self::load_f16(p) }
+    }
+    #[inline(always)]
+    unsafe fn weights_u8(_apart: usize, p: *const u8) -> Self::F {
+        // SAFETY: as for every function of this trait.
+        unsafe { Self::load_u8(p) }
+    }
+    #[inline(always)]
+    unsafe fn weights_i8(_apart: usize, p: *const i8) -> Self::F {
+        // SAFETY: as for every function of this trait.
+        unsafe { Self::load_i8(p) }
+    }
+    #[inline(always)]
+    unsafe fn prefetch_weights(_apart: usize, p: *const u8) {
+        // SAFETY: as for every function of this trait.
+        unsafe { Self::prefetch(p) }
+    }
 }
 
 /// What all the other kernels need, too.
@@ -69,6 +97,8 @@ pub trait Simd: Tiled {
     const INT_ROWS: usize;
     /// Activation rows of the largest float kernel.
     const FLOAT_ROWS: usize;
+    /// Activation rows of the largest integer kernel of two tiles; 0: there is none.
+    const PAIRED_ROWS: usize = 0;
     /// Vector registers: a product of attention keeps its sums and operands in them.
     const REGISTERS: usize;
 

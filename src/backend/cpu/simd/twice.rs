@@ -6,16 +6,17 @@ use std::marker::PhantomData;
 use super::Tiled;
 
 /// Two vectors side by side. Where a tile's 16 rows are two vectors, taking both at once reads the tile in one go, so that memory is
-/// never left waiting while the other half is computed, and broadcasts each activation once.
+/// never left waiting while the other half is computed, and broadcasts each activation once. Or, if `TILES`, one of each of two tiles, for
+/// the latter alone: a CPU may read no more vectors than it multiplies.
 #[derive(Clone, Copy)]
-pub struct Twice<S>(PhantomData<S>);
+pub struct Twice<S, const TILES: bool = false>(PhantomData<S>);
 
 /// Both halves.
 macro_rules! both {
     ($f:ident($($x:ident),*)) => { (S::$f($($x.0),*), S::$f($($x.1),*)) };
 }
 
-impl<S: Tiled> Tiled for Twice<S> {
+impl<S: Tiled, const TILES: bool> Tiled for Twice<S, TILES> {
     const LANES: usize = 2 * S::LANES;
     const CHAINS: usize = S::CHAINS / 2;
 
@@ -113,5 +114,32 @@ impl<S: Tiled> Tiled for Twice<S> {
     #[inline(always)]
     unsafe fn prefetch(p: *const u8) {
         S::prefetch(p);
+    }
+    #[inline(always)]
+    unsafe fn weights(apart: usize, p: *const u8) -> Self::B {
+        let on = if TILES { apart } else { 4 * S::LANES };
+        (S::weights(apart, p), S::weights(apart, p.add(on)))
+    }
+    #[inline(always)]
+    unsafe fn weights_f16(apart: usize, p: *const u16) -> Self::F {
+        let on = if TILES { apart } else { 2 * S::LANES };
+        (S::weights_f16(apart, p), S::weights_f16(apart, p.byte_add(on)))
+    }
+    #[inline(always)]
+    unsafe fn weights_u8(apart: usize, p: *const u8) -> Self::F {
+        let on = if TILES { apart } else { S::LANES };
+        (S::weights_u8(apart, p), S::weights_u8(apart, p.add(on)))
+    }
+    #[inline(always)]
+    unsafe fn weights_i8(apart: usize, p: *const i8) -> Self::F {
+        let on = if TILES { apart } else { S::LANES };
+        (S::weights_i8(apart, p), S::weights_i8(apart, p.add(on)))
+    }
+    #[inline(always)]
+    unsafe fn prefetch_weights(apart: usize, p: *const u8) {
+        S::prefetch_weights(apart, p);
+        if TILES {
+            S::prefetch_weights(apart, p.wrapping_add(apart));
+        }
     }
 }
