@@ -130,11 +130,13 @@ pub struct Kernels {
 }
 
 impl Kernels {
-    /// Activation rows of the largest group for a packing; see [`groups`].
-    pub fn largest_group(&self, is_float: bool) -> usize {
+    /// Activation rows of the largest group that `n` rows are cut into for a packing; see [`groups`].
+    pub fn largest_group(&self, is_float: bool, n: usize) -> usize {
+        // Seven and eight rows of one tile are faster than two groups of two tiles.
+        let pairs = self.pairs && !(self.paired_rows + 1..=8).contains(&n);
         match is_float {
             true => self.float_rows,
-            false if self.pairs => self.paired_rows,
+            false if pairs => self.paired_rows,
             false => self.int_rows,
         }
     }
@@ -144,14 +146,17 @@ impl Kernels {
         if self.pairs { 2 } else { 1 }
     }
 
-    /// How many bytes ahead kernels of so many rows prefetch weights, in tiles of so many bytes; 0: not at all.
-    pub fn ahead(&self, rows: usize, tile_bytes: usize) -> usize {
-        // Of two short tiles, the same place in the next two: 4 KiB on, one would be in the other.
-        let next = self.tiles_at_once() * tile_bytes;
-        match rows <= self.unprefetched_rows {
-            true => 0,
-            false if self.pairs && next <= 4 * AHEAD => next,
-            false => AHEAD,
+    /// How many bytes ahead the kernel of a group of so many rows prefetches weights, in tiles of so many bytes; 0: not at all, or
+    /// what it reads anyway.
+    pub fn ahead(&self, is_first: bool, rows: usize, tile_bytes: usize) -> usize {
+        let is_paired = self.pairs && rows <= self.paired_rows;
+        match () {
+            () if rows <= self.unprefetched_rows => 0,
+            // Later groups find the tiles in the cache.
+            () if is_paired && !is_first => 0,
+            // The same place in the next two: 4 KiB on in a short tile would be in the other one.
+            () if is_paired && 2 * tile_bytes <= 4 * AHEAD => 2 * tile_bytes,
+            () => AHEAD,
         }
     }
 
@@ -172,14 +177,21 @@ impl Kernels {
 /// The group that row `row` of `n` belongs to, as (first row, rows): `n` rows are cut into groups that kernels exist for.
 pub fn group_of(row: usize, n: usize, largest: usize) -> (usize, usize) {
     let full = n - n % largest;
-    if row < full {
+    let rest = n - full;
+    // The last two, where one would be small: as equal as can be.
+    let (first, two) = match (full, rest) {
+        _ if largest > 8 && rest <= 8 => (full, 0), // nine to eleven are no group
+        _ if largest > 8 => (full, rest),
+        (0, _) | (_, 0) => (full, 0),
+        _ => (full - largest, largest + rest),
+    };
+    if row < first {
         return (row - row % largest, largest);
     }
-    match n - full {
-        // Nine to eleven are no group.
-        rest if rest <= 8 => (full, rest),
-        _ if row < full + 6 => (full, 6),
-        rest => (full + 6, rest - 6),
+    match two {
+        0 => (first, n - first),
+        _ if row < first + two.div_ceil(2) => (first, two.div_ceil(2)),
+        _ => (first + two.div_ceil(2), two / 2),
     }
 }
 
@@ -373,7 +385,7 @@ unsafe fn tile_4<S: Tiled, const K: usize, const PREFETCHES: bool, const HAS_MIN
                 }
                 repeat!([0 1 2 3] Q => {
                     if PREFETCHES && lane == 0 {
-                        S::prefetch_weights(apart, w.wrapping_add(64 * Q + t.ahead));
+                        S::prefetch_weights(apart, w.wrapping_add(64 * Q).wrapping_add(t.ahead));
                     }
                     let v = S::weights(apart, w.add(64 * Q + 4 * lane));
                     let low = S::bits(v, 0, 0, 15);
@@ -424,7 +436,7 @@ unsafe fn tile_8<S: Tiled, const K: usize, const PREFETCHES: bool>(t: &Tiles) {
                 }
                 repeat!([0 1 2 3 4 5 6 7] Q => {
                     if PREFETCHES && lane == 0 {
-                        S::prefetch_weights(apart, w.wrapping_add(64 * Q + t.ahead));
+                        S::prefetch_weights(apart, w.wrapping_add(64 * Q).wrapping_add(t.ahead));
                     }
                     let v = S::weights(apart, w.add(64 * Q + 4 * lane));
                     for k in 0..K {
@@ -469,7 +481,7 @@ unsafe fn tile_4_k<S: Tiled, const K: usize, const PREFETCHES: bool, const HAS_H
                     let q = w.add(32);
                     repeat!([0 1 2 3] Q => {
                         if PREFETCHES && lane == 0 {
-                            S::prefetch_weights(apart, q.wrapping_add(64 * Q + t.ahead));
+                            S::prefetch_weights(apart, q.wrapping_add(64 * Q).wrapping_add(t.ahead));
                         }
                         let v = S::weights(apart, q.add(64 * Q + 4 * lane));
                         let mut low = S::bits(v, 0, 0, 15);
@@ -535,9 +547,9 @@ unsafe fn tile_6_k<S: Tiled, const K: usize, const PREFETCHES: bool>(t: &Tiles) 
                         let plane = S::weights(apart, q.add(256 + 64 * HALF + 4 * lane));
                         repeat!([0 1 2 3] Q => {
                             if PREFETCHES && lane == 0 && HALF == 0 {
-                                S::prefetch_weights(apart, q.wrapping_add(64 * Q + t.ahead));
+                                S::prefetch_weights(apart, q.wrapping_add(64 * Q).wrapping_add(t.ahead));
                                 if Q < 2 {
-                                    S::prefetch_weights(apart, q.wrapping_add(256 + 64 * Q + t.ahead));
+                                    S::prefetch_weights(apart, q.wrapping_add(256 + 64 * Q).wrapping_add(t.ahead));
                                 }
                             }
                             let v = S::weights(apart, q.add(64 * Q + 4 * lane));
@@ -598,7 +610,7 @@ unsafe fn tile_f<S: Tiled, const K: usize, const PREFETCHES: bool, const T: u8>(
             for _ in 0..t.n_in / 4 {
                 repeat!([0 1 2 3] C => {
                     if PREFETCHES && lane == 0 && (T == F32 || [true, false, true, false][C]) {
-                        S::prefetch(w.wrapping_add(C * column_bytes + t.ahead));
+                        S::prefetch(w.wrapping_add(C * column_bytes).wrapping_add(t.ahead));
                     }
                     let v = column::<S, T>(w.add(C * column_bytes), lane);
                     for k in 0..K {

@@ -160,7 +160,7 @@ impl Activations {
         first_column: usize,
         x: &[f32],
     ) {
-        let (first, rows) = group_of(row, n, kernels.largest_group(false));
+        let (first, rows) = group_of(row, n, kernels.largest_group(false, n));
         let plane = width / 32 * rows;
         assert!(row < n && n <= self.capacity && first_column + x.len() <= width);
         assert!(width.is_multiple_of(32) && first_column.is_multiple_of(32) && x.len().is_multiple_of(32));
@@ -186,7 +186,7 @@ impl Activations {
             unsafe { self.set_blocks(kernels, needs, row, n, width, 0, x) };
         }
         if needs.float {
-            let (first, rows) = group_of(row, n, kernels.largest_group(true));
+            let (first, rows) = group_of(row, n, kernels.largest_group(true, n));
             assert!((first + rows) * width <= self.floats.len());
             for (column, x) in x.iter().enumerate() {
                 // SAFETY: in bounds as asserted; only this row's elements.
@@ -276,7 +276,7 @@ impl Matrix {
                 let whole = if bias.is_none() { self.n_out / TILE } else { 0 };
                 // Groups take turns with a tile or two, which stay in the first-level cache; one alone goes through them all.
                 let n = to.rows.len();
-                let is_one_group = group_of(0, n, kernels.largest_group(packing.is_float())).1 == n;
+                let is_one_group = group_of(0, n, kernels.largest_group(packing.is_float(), n)).1 == n;
                 let at_once = if is_one_group { usize::MAX } else { kernels.tiles_at_once() };
                 let mut tile = tiles.start;
                 while tile < tiles.end {
@@ -363,7 +363,7 @@ impl Matrix {
             assert!(n_tiles == 1);
             (out.as_mut_ptr(), TILE)
         };
-        for (first, n) in groups(to.rows.len(), kernels.largest_group(packing.is_float())) {
+        for (first, n) in groups(to.rows.len(), kernels.largest_group(packing.is_float(), to.rows.len())) {
             // SAFETY: the group's activations were written by `Activations::set` at these same offsets. `Outputs::new` has
             // checked the rows; `out` has room for the largest group.
             unsafe {
@@ -375,8 +375,8 @@ impl Matrix {
                 };
                 let rows = if is_direct { &to.rows[first..first + n] } else { &NUMBERS[..n] };
                 let kernel: TilesFn = (kernels.tiles)(packing, n);
-                let (rows, adds, pairs) = (rows.as_ptr(), to.adds && is_direct, kernels.tiles_at_once() == 2);
-                let ahead = kernels.ahead(n, tile_bytes);
+                let (rows, adds) = (rows.as_ptr(), to.adds && is_direct);
+                let (ahead, pairs) = (kernels.ahead(first == 0, n, tile_bytes), kernels.tiles_at_once() == 2);
                 kernel(&Tiles {
                     weights,
                     n_tiles,

@@ -173,18 +173,21 @@ fn own_kernels_are_exact_but_for_rounding() {
     }
 }
 
-/// What is computed beside a row does not touch it, to the bit: neither other rows nor their number.
+/// What is computed beside a row does not touch it, to the bit: neither other rows nor their number, nor whether tiles are taken in twos.
 #[test]
 fn rows_do_not_depend_on_their_neighbours() {
     let mut noise = Noise(2);
+    let tables = all_kernels();
     for packing in Packing::ALL {
         let dtype = packing.dtype();
-        let (n_out, n_in) = (40, 4 * dtype.block_len().max(25));
+        // Two tiles, one, and a part of one.
+        let (n_out, n_in) = (56, 4 * dtype.block_len().max(25));
         let matrix = prepare_one(&weights(dtype, n_out, n_in, &mut noise), false);
         let x = inputs(25, n_in, &mut noise);
-        for kernels in &all_kernels() {
+        for kernels in &tables {
+            let plain = tables.iter().find(|k| k.variant == kernels.variant && k.tiles_at_once() == 1).unwrap();
             let alone: Vec<Vec<f32>> =
-                x.iter().map(|x| multiply(kernels, &matrix, std::slice::from_ref(x)).remove(0)).collect();
+                x.iter().map(|x| multiply(plain, &matrix, std::slice::from_ref(x)).remove(0)).collect();
             for rows in ROWS {
                 assert_eq!(multiply(kernels, &matrix, &x[..rows]), alone[..rows], "{} {packing:?}", kernels.variant);
             }
@@ -259,7 +262,7 @@ fn groups_are_what_kernels_exist_for() {
         for n in 1..300 {
             for packing in [Packing::Q4_0, Packing::F32] {
                 let mut next = 0;
-                for (first, rows) in groups(n, kernels.largest_group(packing.is_float())) {
+                for (first, rows) in groups(n, kernels.largest_group(packing.is_float(), n)) {
                     assert_eq!(first, next);
                     next += rows;
                     let _ = (kernels.tiles)(packing, rows); // panics for a size without a kernel
