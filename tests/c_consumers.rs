@@ -98,6 +98,26 @@ fn c99_under_valgrind() {
 }
 
 #[test]
+fn builds_are_timed_against_one_another() {
+    let program = Program::compile("bench/builds.c", "cc", &["-x", "c", "-std=c11"]);
+    let library = library_folder().join("libphd.so");
+    for (copies, steps) in [("1", "4"), ("2,16,32", "0")] {
+        let model = common::demo_model();
+        let text = run(Command::new(program.path())
+            .args([model.to_str().unwrap(), copies, "8", steps, "2"])
+            .args([library.display().to_string(), format!("{}:PHD_CPU_VARIANT=plain", library.display())]));
+        let lines: Vec<Vec<&str>> = text.lines().map(|line| line.split_whitespace().collect()).collect();
+        assert_eq!(lines.len(), 2, "{text}");
+        for line in &lines {
+            // The library, then thrice a time and its ratio to the first's.
+            assert_eq!(line.len(), 7, "{text}");
+            assert!(line[1..].iter().all(|x| x.parse::<f64>().is_ok_and(|x| x > 0.0)), "{text}");
+        }
+        assert!([2, 4, 6].iter().all(|&i| lines[0][i] == "1.000"), "{text}");
+    }
+}
+
+#[test]
 fn the_example_generates() {
     let program = Program::compile("examples/c/generate.c", "cc", C99);
     let text = run(Command::new(program.path()).arg(common::demo_model()).args(["In the beginning", "24"]));
