@@ -106,7 +106,8 @@ pub struct Kernels {
     pub variant: Variant,
     int_rows: usize,
     float_rows: usize,
-    /// Rows that weights are not prefetched for, up to [`UNPREFETCHED_ROWS`]: so few leave the CPU's own prefetchers the time, and on some CPUs those alone do better.
+    /// Rows that weights are not prefetched for, up to [`UNPREFETCHED_ROWS`]: so few leave the CPU's own prefetchers the time, and on some
+    /// CPUs those alone do better.
     unprefetched_rows: usize,
     /// Whether integer tiles are taken in twos, which share each activation that is read.
     pairs: bool,
@@ -150,13 +151,13 @@ impl Kernels {
     /// what it reads anyway.
     pub fn ahead(&self, is_first: bool, rows: usize, tile_bytes: usize) -> usize {
         let is_paired = self.pairs && rows <= self.paired_rows;
-        match () {
-            () if rows <= self.unprefetched_rows => 0,
-            // Later groups find the tiles in the cache.
-            () if is_paired && !is_first => 0,
-            // The same place in the next two: 4 KiB on in a short tile would be in the other one.
-            () if is_paired && 2 * tile_bytes <= 4 * AHEAD => 2 * tile_bytes,
-            () => AHEAD,
+        // Groups after the first find two tiles in the cache.
+        if rows <= self.unprefetched_rows || is_paired && !is_first {
+            0
+        } else if is_paired && 2 * tile_bytes <= 4 * AHEAD {
+            2 * tile_bytes // the same place in the next two: 4 KiB on in a short tile would be in the other one
+        } else {
+            AHEAD
         }
     }
 
@@ -261,8 +262,8 @@ impl fmt::Display for Variant {
     }
 }
 
-/// On Zen 4 one and two rows are faster with the CPU's own prefetchers alone, on Ice Lake they are not; and tiles in twos were measured on Ice Lake
-/// only: docs/performance.md.
+/// On Zen 4 one and two rows are faster with the CPU's own prefetchers alone, on Ice Lake they are not; tiles in twos were measured on
+/// Ice Lake only (docs/performance.md).
 #[cfg(target_arch = "x86_64")]
 static AVX512_AMD: Kernels = avx512::table(UNPREFETCHED_ROWS, false);
 
