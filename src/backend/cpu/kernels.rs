@@ -178,21 +178,14 @@ impl Kernels {
 /// The group that row `row` of `n` belongs to, as (first row, rows): `n` rows are cut into groups that kernels exist for.
 pub fn group_of(row: usize, n: usize, largest: usize) -> (usize, usize) {
     let full = n - n % largest;
-    let rest = n - full;
-    // The last two, where one would be small: as equal as can be.
-    let (first, two) = match (full, rest) {
-        _ if largest > 8 && rest <= 8 => (full, 0), // nine to eleven are no group
-        _ if largest > 8 => (full, rest),
-        (0, _) | (_, 0) => (full, 0),
-        _ => (full - largest, largest + rest),
-    };
-    if row < first {
+    if row < full {
         return (row - row % largest, largest);
     }
-    match two {
-        0 => (first, n - first),
-        _ if row < first + two.div_ceil(2) => (first, two.div_ceil(2)),
-        _ => (first + two.div_ceil(2), two / 2),
+    match n - full {
+        // Nine to eleven are no group.
+        rest if rest <= 8 => (full, rest),
+        _ if row < full + 6 => (full, 6),
+        rest => (full + 6, rest - 6),
     }
 }
 
