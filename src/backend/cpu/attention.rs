@@ -16,6 +16,9 @@ pub const CHUNK: usize = 64;
 /// Keys to a step of the softmax.
 pub const RUN: usize = 256;
 
+/// Hidden keys that a query alone takes as they lie.
+const FEW: u32 = 16;
+
 /// Most splits of a row's stored keys.
 pub const MAX_SPLITS: usize = 32;
 
@@ -81,7 +84,7 @@ pub struct Attend<'a> {
     pub head_dim: usize,
     /// Which key/value head.
     pub head: usize,
-    /// `[head_dim][query]`, scaled by log2(e) / sqrt(head_dim): the softmax is of powers of two.
+    /// `[head_dim / 16, rounded up][query][16]`, zeros beyond head_dim, scaled by log2(e) / sqrt(head_dim): the softmax is of powers of two.
     pub queries: &'a [f32],
     /// Keys each query may see, in the source's numbers: from, to.
     pub sight: &'a [(u32, u32)],
@@ -139,7 +142,7 @@ impl Attend<'_> {
 pub unsafe fn attend<S: Simd>(a: &mut Attend) {
     let (dim, width) = (a.head_dim, padded(a.head_dim));
     let n = a.sight.len();
-    assert!(a.queries.len() == n * dim && a.acc.len() == n * width && a.max.len() == n && a.sum.len() == n);
+    assert!(a.queries.len() == n * width && a.acc.len() == n * width && a.max.len() == n && a.sum.len() == n);
     assert!(a.scratch.scores.len() >= n * RUN && a.scratch.converted.len() == width * CHUNK);
     a.max.fill(f32::NEG_INFINITY);
     a.sum.fill(0.0);
@@ -147,9 +150,13 @@ pub unsafe fn attend<S: Simd>(a: &mut Attend) {
     if let Source::Fixed { cache, blocks, rows_per_block } = a.source {
         // SAFETY: the caller's.
         unsafe { cache.draw_first::<S>(cache_row(blocks, rows_per_block, a.from), a.head) };
-        a.scratch.integers.take(a.queries, n);
+        // SAFETY: the caller's.
+        unsafe { a.scratch.integers.take::<S>(a.queries, n) };
     }
-    let seen = a.sight.iter().filter(|s| s.0 < s.1);
+    // SAFETY: the caller's.
+    let has_few = unsafe { attend_few::<S>(a) };
+    let is_left = |s: &(u32, u32)| s.0 < s.1 && !(has_few && s.1 - s.0 <= FEW);
+    let seen = a.sight.iter().filter(|s| is_left(s));
     let (low, high) = seen.fold((usize::MAX, 0), |(l, h), s| (l.min(s.0 as usize), h.max(s.1 as usize)));
     // Runs begin at multiples of 256 and vectors at multiples of 16, whatever is seen of them.
     let (mut from, to) = (a.from.max(low - low % GRANULE), a.to.min(high));
@@ -174,7 +181,8 @@ pub unsafe fn attend<S: Simd>(a: &mut Attend) {
                 }
                 let right = keys::<S>(a, at, count);
                 let shape = (n, count.next_multiple_of(GRANULE), dim);
-                right.product::<S, 1>(shape, (a.queries.as_ptr(), n), (scores.add(at - from), RUN), false, next);
+                let queries = Left { place: a.queries.as_ptr(), run: GRANULE, on: n * GRANULE };
+                right.product::<S, GRANULE>(shape, queries, (scores.add(at - from), RUN), false, next);
             }
             let columns = (end - from).next_multiple_of(GRANULE);
             if let Source::Fixed { cache, blocks, rows_per_block } = a.source {
@@ -186,7 +194,7 @@ pub unsafe fn attend<S: Simd>(a: &mut Attend) {
                 let low = (low as usize).saturating_sub(from).min(columns);
                 let high = (high as usize).saturating_sub(from).min(end - from);
                 let row = std::slice::from_raw_parts_mut(scores.add(q * RUN), columns);
-                if low >= high {
+                if low >= high || !is_left(&a.sight[q]) {
                     row.fill(0.0);
                     a.scratch.integers.set_weights(q, 0.0);
                     continue;
@@ -215,11 +223,84 @@ pub unsafe fn attend<S: Simd>(a: &mut Attend) {
                     continue;
                 }
                 let right = values::<S>(a, at, count);
-                let (shape, weights) = ((n, width, count), (scores.add(at - from).cast_const(), 1));
+                let shape = (n, width, count);
+                let weights = Left { place: scores.add(at - from), run: count, on: 0 };
                 right.product::<S, RUN>(shape, weights, (a.acc.as_mut_ptr(), width), true, next);
             }
         }
         from = end;
+    }
+}
+
+/// Attention of those queries that see up to [`FEW`] hidden keys, each for itself, with keys and values where they lie: a product would
+/// mostly multiply what nobody sees. Whether a query is one of them depends on itself alone. `false` if the source is not of this kind, and nothing was done.
+///
+/// # Safety
+/// As for [`attend`].
+#[inline(always)]
+unsafe fn attend_few<S: Simd>(a: &mut Attend) -> bool {
+    let Source::Hidden { fresh, .. } = a.source else { return false };
+    if !a.head_dim.is_multiple_of(GRANULE) {
+        return false;
+    }
+    // SAFETY: the caller's; elements are what they are said to be.
+    unsafe {
+        match fresh.0.element() {
+            Some(Element::F32) => few::<S, 4>(a, |p| S::load(p.cast())),
+            Some(Element::F16) => few::<S, 2>(a, |p| S::load_f16(p.cast())),
+            Some(Element::Bf16) => few::<S, 2>(a, |p| S::load_bf16(p.cast())),
+            None => return false,
+        }
+    }
+    true
+}
+
+/// The same with elements of `N` bytes, that `load` turns into f32.
+#[inline(always)]
+unsafe fn few<S: Simd, const N: usize>(a: &mut Attend, load: impl Fn(*const u8) -> S::F) {
+    let (dim, n) = (a.head_dim, a.sight.len());
+    for q in 0..n {
+        let (low, high) = a.sight[q];
+        if low >= high || high - low > FEW {
+            continue;
+        }
+        let mut weights = [f32::NEG_INFINITY; FEW as usize];
+        let mut values = [std::ptr::null(); FEW as usize];
+        // SAFETY: queries and sums are whole vectors of 16; of a row's head, the slices check the bounds.
+        unsafe {
+            for (number, (weight, value)) in (low as usize..high as usize).zip(weights.iter_mut().zip(&mut values)) {
+                let ((k, v), row) = a.source.hidden_row(number).expect("what a query sees is there");
+                let key = k.rows(row, 1, a.head * dim).as_ptr();
+                *value = v.rows(row, 1, a.head * dim).as_ptr();
+                let (mut query, mut key) = (a.queries.as_ptr().add(q * GRANULE), key);
+                let mut sum = S::splat(0.0);
+                for _ in 0..dim / GRANULE {
+                    for lane in (0..GRANULE).step_by(S::LANES) {
+                        sum = S::fma(S::load(query.add(lane)), load(key.add(N * lane)), sum);
+                    }
+                    (query, key) = (query.wrapping_add(n * GRANULE), key.add(N * GRANULE));
+                }
+                *weight = S::reduce_add(sum);
+            }
+            let count = (high - low) as usize;
+            let max = weights[..count].iter().copied().fold(weights[0], f32::max);
+            let mut total = S::splat(0.0);
+            for i in (0..weights.len()).step_by(S::LANES) {
+                let at = weights.as_mut_ptr().add(i);
+                let e = S::exp2(S::add(S::load(at), S::splat(-max)));
+                total = S::add(total, e);
+                S::store(at, e);
+            }
+            (a.max[q], a.sum[q]) = (max, S::reduce_add(total));
+            let acc = a.acc.as_mut_ptr().add(q * dim);
+            for at in (0..dim).step_by(S::LANES) {
+                let mut sum = S::splat(0.0);
+                for (weight, value) in weights.iter().zip(values).take(count) {
+                    sum = S::fma(S::splat(*weight), load(value.add(N * at)), sum);
+                }
+                S::store(acc.add(at), sum);
+            }
+        }
     }
 }
 
@@ -406,7 +487,7 @@ impl Right {
     }
 
     /// `C = A B` or `C += A B` for this B; `shape` is rows, columns (a multiple of 16), depth. A and C are f32, A's rows `ROW` elements
-    /// apart (a constant: no register), its columns `a.1`, C's rows `c.1`. Draws as many bytes as B has, from `next` on, into the cache meanwhile.
+    /// apart (a constant: no register), C's rows `c.1`. Draws as many bytes as B has, from `next` on, into the cache meanwhile.
     ///
     /// # Safety
     /// The CPU has `S`; the matrices lie behind the pointers.
@@ -414,7 +495,7 @@ impl Right {
     unsafe fn product<S: Simd, const ROW: usize>(
         self,
         shape: (usize, usize, usize),
-        a: (*const f32, usize),
+        a: Left,
         c: (*mut f32, usize),
         accumulate: bool,
         next: Option<*const u8>,
@@ -436,7 +517,7 @@ impl Right {
         self,
         load: impl Fn(*const u8) -> S::F + Copy,
         (rows, columns, depth): (usize, usize, usize),
-        (a, step): (*const f32, usize),
+        a: Left,
         (c, ldc): (*mut f32, usize),
         accumulate: bool,
         next: Option<*const u8>,
@@ -460,8 +541,8 @@ impl Right {
                 let m = height(rows - row);
                 // SAFETY: blocks stay within rows and columns.
                 unsafe {
-                    let (a, c) = (a.add(row * ROW), c.add(row * ldc + column));
-                    let block = Block::<N, ROW> { a, step, right: self, column, c, ldc, depth, accumulate, ahead };
+                    let (a, c) = (Left { place: a.place.add(row * ROW), ..a }, c.add(row * ldc + column));
+                    let block = Block::<N, ROW> { a, right: self, column, c, ldc, depth, accumulate, ahead };
                     match vectors {
                         4 => block.rows::<S, 4>(m, load),
                         3 => block.rows::<S, 3>(m, load),
@@ -477,10 +558,17 @@ impl Right {
     }
 }
 
+/// The left side of a product: `run` columns side by side, and so again every `on` elements.
+#[derive(Clone, Copy)]
+struct Left {
+    place: *const f32,
+    run: usize,
+    on: usize,
+}
+
 /// A part of a product that is summed in registers.
 struct Block<const N: usize, const ROW: usize> {
-    a: *const f32,
-    step: usize,
+    a: Left,
     right: Right,
     /// The first of `right`.
     column: usize,
@@ -524,30 +612,37 @@ impl<const N: usize, const ROW: usize> Block<N, ROW> {
                     }
                 }
             }
-            let mut a = self.a;
+            let mut run = self.a.place;
             let mut b = [self.right.place; V];
             for v in 0..V {
                 let column = self.column + v * S::LANES;
                 b[v] = b[v].add(column / GRANULE * self.right.granule + column % GRANULE * N);
             }
             let (mut ahead, on) = self.ahead;
-            for _ in 0..self.depth {
-                for line in (0..N * S::LANES * V).step_by(LINE) {
-                    S::prefetch_l2(ahead.wrapping_add(line));
-                }
-                ahead = ahead.wrapping_add(on);
-                let mut right = [S::splat(0.0); V];
-                for v in 0..V {
-                    right[v] = load(b[v]);
-                    b[v] = b[v].wrapping_add(self.right.row); // at last beyond the end
-                }
-                for m in 0..M {
-                    let left = S::splat(*a.add(m * ROW));
-                    for v in 0..V {
-                        acc[m][v] = S::fma(left, right[v], acc[m][v]);
+            let mut left = self.depth;
+            while left > 0 {
+                let columns = left.min(self.a.run);
+                let mut a = run;
+                for _ in 0..columns {
+                    for line in (0..N * S::LANES * V).step_by(LINE) {
+                        S::prefetch_l2(ahead.wrapping_add(line));
                     }
+                    ahead = ahead.wrapping_add(on);
+                    let mut right = [S::splat(0.0); V];
+                    for v in 0..V {
+                        right[v] = load(b[v]);
+                        b[v] = b[v].wrapping_add(self.right.row); // at last beyond the end
+                    }
+                    for m in 0..M {
+                        let left = S::splat(*a.add(m * ROW));
+                        for v in 0..V {
+                            acc[m][v] = S::fma(left, right[v], acc[m][v]);
+                        }
+                    }
+                    a = a.wrapping_add(1);
                 }
-                a = a.wrapping_add(self.step);
+                run = run.wrapping_add(self.a.on);
+                left -= columns;
             }
             for m in 0..M {
                 for v in 0..V {

@@ -8,9 +8,9 @@ use super::attention::{self, Attend, MAX_SPLITS, Source, padded, split_len};
 use super::kernels::Kernels;
 use super::matrix::{Activations, Needs, Outputs, embedding_row};
 use super::packed::TILE;
-use super::pool::{Pool, Worker, cpus};
+use super::pool::{By, Pool, Worker, cpus};
 use super::shared::{Grid, Shared};
-use super::store::{Cache, Granules, Parts, Rows};
+use super::store::{Cache, GRANULE, Granules, Parts, Rows};
 use super::{Cpu, CpuLayer, Embedding, Projection};
 use crate::backend::{Context, ContextMemory, ContextOptions};
 use crate::cache::BlockCopy;
@@ -22,9 +22,8 @@ use crate::schedule::{LayerRows, Plan, Row, Store};
 const OWN_ROWS: usize = 8;
 /// Up to so many rows the context is divided among threads.
 const SPLIT_ROWS: usize = 16;
-/// Pieces that a thread's share of a matrix is taken in, of many rows and of few: whatever a thread has left is waited for, but of few
-/// rows a sixteenth of a share takes no longer than fetching it does.
-const PIECES: [usize; 2] = [16, 4];
+/// Pieces that a thread's share of a matrix is taken in, of many rows.
+const PIECES: usize = 16;
 /// Query vectors that share one conversion of keys and values.
 const TILE_QUERIES: usize = 48;
 
@@ -39,7 +38,7 @@ struct Own {
     convert: Vec<f32>, // see Matrix::scratch
     encoded: Vec<u8>,  // a cache row
     attention: attention::Scratch,
-    queries: Vec<f32>,      // (head_dim, query)
+    queries: Vec<f32>,      // (padded / 16, query, 16)
     sight: Vec<(u32, u32)>, // (query)
     max: Vec<f32>,          // (query)
     sum: Vec<f32>,          // (query)
@@ -69,6 +68,50 @@ impl QueryTile {
 
     fn parts(&self) -> usize {
         self.splits() + usize::from(self.hidden.0 < self.hidden.1)
+    }
+}
+
+/// The queries of a key/value head that a thread takes together: of those of a tile, (row, query head) by number.
+struct Asked<'a> {
+    tile: &'a QueryTile,
+    head: usize,
+    queries: Range<usize>,
+}
+
+/// How `n` pieces of work of one size are shared by threads that are waited for: whole ones first, as many to each thread, and what is left
+/// cut into so many parts that they go round.
+struct Cut {
+    threads: usize,
+    /// Whole pieces of each thread, and all of them.
+    each: usize,
+    whole: usize,
+    /// Parts of each thread, and of each piece that is cut.
+    parts_each: usize,
+    parts: usize,
+}
+
+impl Cut {
+    fn new(n: usize, threads: usize) -> Cut {
+        let (each, left) = (n / threads, n % threads);
+        // The fewest that left * parts = threads * parts_each allows.
+        let parts_each = (1..=threads).find(|each| left > 0 && (threads * each).is_multiple_of(left)).unwrap_or(0);
+        let parts = if left > 0 { threads * parts_each / left } else { 1 };
+        Cut { threads, each, whole: n - left, parts_each, parts }
+    }
+
+    /// Of all threads, one thread's after another's.
+    fn pieces(&self) -> usize {
+        self.threads * (self.each + self.parts_each)
+    }
+
+    /// The piece, which part of it, and of how many.
+    fn at(&self, i: usize) -> (usize, usize, usize) {
+        let (thread, i) = (i / (self.each + self.parts_each), i % (self.each + self.parts_each));
+        if i < self.each {
+            return (thread * self.each + i, 0, 1);
+        }
+        let part = thread * self.parts_each + i - self.each;
+        (self.whole + part / self.parts, part % self.parts, self.parts)
     }
 }
 
@@ -119,7 +162,7 @@ impl CpuContext {
             convert: vec![0.0; model.convert_scratch],
             encoded: vec![0; kind.row_bytes(h.kv_dim())],
             attention: attention::Scratch::new(queries, h.head_dim, gathered),
-            queries: vec![0.0; queries * h.head_dim],
+            queries: vec![0.0; queries * width],
             sight: vec![(0, 0); queries],
             max: vec![0.0; queries],
             sum: vec![0.0; queries],
@@ -295,7 +338,7 @@ impl Step {
             p.meet()?;
             p.project(own, layer, &rows.enter)?;
             p.meet()?;
-            p.rotate_and_store(own, layer, index, &rows.enter);
+            p.store(own, layer, index, &rows.enter);
             p.meet()?;
             p.attend(own, layer, index, rows);
             p.meet()?;
@@ -425,11 +468,16 @@ impl<'a> Phases<'a> {
         }
     }
 
-    /// This thread's pieces of `0..n_tiles`, multiples of `grain`, for a product of `n` rows: few enough to be read as streams, and
-    /// none after a request to stop, for which many rows would take too long.
+    /// This thread's pieces of `0..n_tiles`, multiples of `grain`, for a product of `n` rows, and none after a request to stop, for which
+    /// many rows would take too long.
     fn pieces(self, n_tiles: usize, grain: usize, n: usize) -> impl Iterator<Item = Range<usize>> {
-        let pieces = PIECES[usize::from(n <= OWN_ROWS)] * self.w.n * grain;
-        self.w.pieces(n_tiles, n_tiles.div_ceil(pieces) * grain).take_while(move |_| !self.is_stopping())
+        // Few rows want few pieces, to be read as streams; but whatever a thread has left at the end is waited for.
+        let pieces = if n <= OWN_ROWS {
+            self.w.pieces(n_tiles, grain, By::Halves)
+        } else {
+            self.w.pieces(n_tiles, n_tiles.div_ceil(PIECES * self.w.n * grain) * grain, By::Grain)
+        };
+        pieces.take_while(move |_| !self.is_stopping())
     }
 
     /// A product's `n` rows go into the first of the grid.
@@ -456,49 +504,47 @@ impl<'a> Phases<'a> {
         Some(())
     }
 
-    /// Query and key norms, RoPE; keys and values go to the cache or to the pass's own. Divided by rows and key/value heads,
-    /// or by rows where a norm or a block of the cache spans heads.
-    fn rotate_and_store(self, own: &mut Own, layer: &CpuLayer, index: usize, enter: &[u32]) {
+    /// Keys are normed and turned by their positions, and go with the values to the cache or to the pass's own. Divided by key/value heads
+    /// and rows, or by rows where a norm or a block of the cache spans heads.
+    fn store(self, own: &mut Own, layer: &CpuLayer, index: usize, enter: &[u32]) {
         let (s, h) = (self.s, self.h);
         let spans_heads = h.qk_norm == QkNorm::Projection || !s.fresh.0.heads_are_apart(h.head_dim);
-        let pieces = if spans_heads { 1 } else { h.n_kv_heads };
-        let (q_width, kv_width) = (h.q_dim() / pieces, h.kv_dim() / pieces);
-        for unit in self.w.share(enter.len() * pieces, 1) {
-            let (i, piece) = (unit / pieces, unit % pieces);
+        let (pieces, n) = (if spans_heads { 1 } else { h.n_kv_heads }, enter.len());
+        let width = h.kv_dim() / pieces;
+        // Rows that go to the cache take longest: they are few, and each thread has as many of them.
+        for unit in self.w.share(2 * n * pieces, 1) {
+            let (first, is_value, i) = (unit / (2 * n) * width, unit / n % 2 == 1, unit % n);
             let row = enter[i] as usize;
-            // SAFETY: phases: units of this thread's share.
-            let (q, k, v, rope) = unsafe {
-                (
-                    s.q.part_mut(i, piece * q_width, q_width),
-                    s.k.part_mut(i, piece * kv_width, kv_width),
-                    s.v.part(i, piece * kv_width, kv_width),
-                    s.rope.row(row),
-                )
-            };
-            for (x, weight) in [(&mut *q, &layer.q_norm), (&mut *k, &layer.k_norm)] {
-                let width = if h.qk_norm == QkNorm::Projection { x.len() } else { h.head_dim };
-                if h.qk_norm != QkNorm::None {
-                    for x in x.chunks_exact_mut(width) {
-                        let copy = &mut own.row[..width];
-                        copy.copy_from_slice(x);
-                        // SAFETY: these kernels are this CPU's.
-                        unsafe { (self.kernels.norm)(copy, weight, h.norm_eps, x) };
+            // SAFETY: phases: units of this thread's share; of this row's queries, the unit of its keys where that spans heads.
+            let x = unsafe { if is_value { s.v.part_mut(i, first, width) } else { s.k.part_mut(i, first, width) } };
+            if !is_value {
+                let mut norm = |x: &mut [f32], weight: &[f32]| {
+                    let copy = &mut own.row[..x.len()];
+                    copy.copy_from_slice(x);
+                    // SAFETY: these kernels are this CPU's.
+                    unsafe { (self.kernels.norm)(copy, weight, h.norm_eps, x) };
+                };
+                match h.qk_norm {
+                    QkNorm::None => {}
+                    QkNorm::Head => x.chunks_exact_mut(h.head_dim).for_each(|head| norm(head, &layer.k_norm)),
+                    QkNorm::Projection => {
+                        norm(x, &layer.k_norm);
+                        // SAFETY: as above.
+                        norm(unsafe { s.q.row_mut(i) }, &layer.q_norm);
                     }
                 }
-                // SAFETY: these kernels are this CPU's.
-                x.chunks_exact_mut(h.head_dim)
-                    .for_each(|head| unsafe { (self.kernels.rotate)(head, rope, h.rope_pairs) });
+                for head in x.chunks_exact_mut(h.head_dim) {
+                    // SAFETY: phases; these kernels are this CPU's.
+                    unsafe { (self.kernels.rotate)(head, s.rope.row(row), h.rope_pairs) };
+                }
             }
-            let first = piece * kv_width;
             // SAFETY: phases: these heads of the cache row or hidden row of this row alone.
             unsafe {
                 match self.plan.rows[row].store {
-                    Store::Cache(at) => {
-                        s.cache[index].write(at as usize, first, k, v, &mut own.encoded);
-                    }
+                    Store::Cache(at) => s.cache[index].write(is_value, at as usize, first, x, &mut own.encoded),
                     Store::Hidden(at) => {
-                        s.fresh.0.write(at as usize, first, k);
-                        s.fresh.1.write(at as usize, first, v);
+                        let fresh = if is_value { &s.fresh.1 } else { &s.fresh.0 };
+                        fresh.write(at as usize, first, x);
                     }
                 }
             }
@@ -542,29 +588,34 @@ impl<'a> Phases<'a> {
     /// Attention of the rows that go on: into `partials` if contexts are shared, else finished, into `activations` or `attention`.
     fn attend(self, own: &mut Own, layer: &CpuLayer, index: usize, rows: &LayerRows) {
         let (s, h) = (self.s, self.h);
-        let (dim, width) = (h.head_dim, padded(h.head_dim));
+        let width = padded(h.head_dim);
         let group = h.n_heads / h.n_kv_heads;
         let mut tiles = std::mem::take(&mut own.tiles);
         self.find_tiles(&mut tiles, rows);
         let is_shared = self.shares_contexts(rows);
         let pieces = |t: &QueryTile| h.n_kv_heads * if is_shared { t.parts() } else { 1 };
-        let total = tiles.iter().map(pieces).sum();
+        let cut = Cut::new(tiles.iter().map(pieces).sum(), if is_shared { 1 } else { self.w.n });
         let slots = slots(&s.options.layout);
-        for mut piece in self.w.pieces(total, 1).map(|p| p.start).take_while(|_| !self.is_stopping()) {
+        for at in self.w.pieces(cut.pieces(), 1, By::Grain).take_while(|_| !self.is_stopping()) {
+            let (mut piece, part, parts) = cut.at(at.start);
             let tile = tiles.iter().find(|t| {
                 let here = piece < pieces(t);
                 piece -= if here { 0 } else { pieces(t) };
                 here
             });
             let tile = tile.expect("pieces were counted");
+            let queries = tile.n * group * part / parts..tile.n * group * (part + 1) / parts;
+            if queries.is_empty() {
+                continue;
+            }
             let (part, head) = (piece / h.n_kv_heads, piece % h.n_kv_heads);
-            self.load_queries(own, rows, tile, head);
-            let n = tile.n * group;
+            let asked = Asked { tile, head, queries: queries.clone() };
+            self.load_queries(own, layer, rows, &asked);
             if is_shared {
-                self.attend_part(own, index, rows, tile, head, part);
+                self.attend_part(own, index, rows, &asked, part);
                 let slot = if part < tile.splits() { part } else { slots - 1 };
-                for q in 0..n {
-                    let (i, head) = (tile.first + q / group, head * group + q % group);
+                for (q, query) in queries.enumerate() {
+                    let (i, head) = (tile.first + query / group, head * group + query % group);
                     let at = ((i * h.n_heads + head) * slots + slot) * (width + 2);
                     // SAFETY: phases: each piece has partials of its own.
                     let partial = unsafe { s.partials.slice_mut(at, width + 2) };
@@ -574,10 +625,10 @@ impl<'a> Phases<'a> {
                 }
                 continue;
             }
-            own.totals.chunks_exact_mut(width + 2).take(n).for_each(attention::begin);
+            own.totals.chunks_exact_mut(width + 2).take(queries.len()).for_each(attention::begin);
             for part in 0..tile.parts() {
-                self.attend_part(own, index, rows, tile, head, part);
-                for q in 0..n {
+                self.attend_part(own, index, rows, &asked, part);
+                for q in 0..queries.len() {
                     let total = &mut own.totals[q * (width + 2)..(q + 1) * (width + 2)];
                     // SAFETY: these kernels are this CPU's.
                     unsafe {
@@ -585,52 +636,84 @@ impl<'a> Phases<'a> {
                     };
                 }
             }
-            for (i, totals) in own.totals.chunks_exact(group * (width + 2)).take(tile.n).enumerate() {
-                let (i, first) = (tile.first + i, head * group * dim);
-                // SAFETY: phases: this row's and these heads' part; these kernels are this CPU's.
-                unsafe {
-                    let is_blocks = self.attends_into_blocks(layer);
-                    let out = if is_blocks {
-                        &mut own.row[..group * dim]
-                    } else {
-                        s.attention.part_mut(i, first, group * dim)
-                    };
-                    for (total, out) in totals.chunks_exact(width + 2).zip(out.chunks_exact_mut(dim)) {
-                        (self.kernels.finish)(total, out);
-                    }
-                    if is_blocks {
-                        let n = rows.keep.len();
-                        s.activations.set_blocks(self.kernels, &layer.o_needs, i, n, h.q_dim(), first, out);
-                    }
-                }
-            }
+            self.deliver(own, layer, rows, &asked);
         }
         own.tiles = tiles;
     }
 
-    /// A tile's query vectors of one key/value head, scaled, as columns: in units in which scores are powers of two.
-    fn load_queries(self, own: &mut Own, rows: &LayerRows, tile: &QueryTile, head: usize) {
+    /// Finishes the queries' attention, from their totals, and puts it where the output projection wants it.
+    fn deliver(self, own: &mut Own, layer: &CpuLayer, rows: &LayerRows, asked: &Asked) {
+        let (s, h) = (self.s, self.h);
+        let (dim, width) = (h.head_dim, padded(h.head_dim));
+        let group = h.n_heads / h.n_kv_heads;
+        let place = |query: usize| (asked.tile.first + query / group, (asked.head * group + query % group) * dim);
+        if !self.attends_into_blocks(layer) {
+            for (total, query) in own.totals.chunks_exact(width + 2).zip(asked.queries.clone()) {
+                let (i, first) = place(query);
+                // SAFETY: phases: this row's and this head's part; these kernels are this CPU's.
+                unsafe { (self.kernels.finish)(total, s.attention.part_mut(i, first, dim)) };
+            }
+            return;
+        }
+        // All of them before any is read again, which would wait for it.
+        let finished = &mut own.acc[..asked.queries.len() * dim];
+        for (total, out) in own.totals.chunks_exact(width + 2).zip(finished.chunks_exact_mut(dim)) {
+            // SAFETY: these kernels are this CPU's.
+            unsafe { (self.kernels.finish)(total, out) };
+        }
+        let mut from = asked.queries.start;
+        while from < asked.queries.end {
+            let to = (from - from % group + group).min(asked.queries.end); // heads of a row follow one another
+            let ((i, first), at) = (place(from), from - asked.queries.start);
+            let heads = &finished[at * dim..(at + to - from) * dim];
+            // SAFETY: phases: this row's and these heads' part; these kernels are this CPU's.
+            unsafe {
+                s.activations.set_blocks(self.kernels, &layer.o_needs, i, rows.keep.len(), h.q_dim(), first, heads)
+            };
+            from = to;
+        }
+    }
+
+    /// Query vectors as [`Attend::queries`]: normed if the family norms heads, turned by their positions, and scaled to units in which scores
+    /// are powers of two.
+    fn load_queries(self, own: &mut Own, layer: &CpuLayer, rows: &LayerRows, asked: &Asked) {
         let (s, h) = (self.s, self.h);
         let dim = h.head_dim;
         let group = h.n_heads / h.n_kv_heads;
         let scale = std::f32::consts::LOG2_E / (dim as f32).sqrt();
-        for i in 0..tile.n {
-            let entering = rows.keep[tile.first + i] as usize;
-            // SAFETY: phases.
-            let q = unsafe { s.q.part(entering, head * group * dim, group * dim) };
-            for (j, q) in q.chunks_exact(dim).enumerate() {
-                let column = own.queries[i * group + j..].iter_mut().step_by(tile.n * group);
-                column.zip(q).for_each(|(o, q)| *o = q * scale);
+        let n = asked.queries.len();
+        for (q, query) in asked.queries.clone().enumerate() {
+            let row = asked.tile.first + query / group;
+            let first = (asked.head * group + query % group) * dim;
+            let x = &mut own.row[..dim];
+            // SAFETY: phases; these kernels are this CPU's.
+            unsafe {
+                let projected = s.q.part(rows.keep[row] as usize, first, dim);
+                if h.qk_norm == QkNorm::Head {
+                    (self.kernels.norm)(projected, &layer.q_norm, h.norm_eps, x);
+                } else {
+                    x.copy_from_slice(projected);
+                }
+                (self.kernels.rotate)(x, s.rope.row(self.kept(rows, row)), h.rope_pairs);
+            }
+            let mut to = own.queries[q * GRANULE..].chunks_mut(n * GRANULE);
+            let (whole, rest) = x.as_chunks::<GRANULE>();
+            for (to, x) in to.by_ref().zip(whole) {
+                to[..GRANULE].copy_from_slice(&x.map(|x| x * scale));
+            }
+            if let (Some(to), false) = (to.next(), rest.is_empty()) {
+                to[..GRANULE].fill(0.0);
+                to.iter_mut().zip(rest).for_each(|(to, x)| *to = x * scale);
             }
         }
     }
 
     /// One split of a tile's stored keys, or its hidden window.
-    fn attend_part(self, own: &mut Own, index: usize, rows: &LayerRows, tile: &QueryTile, head: usize, part: usize) {
+    fn attend_part(self, own: &mut Own, index: usize, rows: &LayerRows, asked: &Asked, part: usize) {
         let (s, h) = (self.s, self.h);
         let layout = s.options.layout;
         let group = h.n_heads / h.n_kv_heads;
-        let n = tile.n * group;
+        let (tile, n) = (asked.tile, asked.queries.len());
         let is_hidden = part == tile.splits();
         let entry = &self.plan.entries[tile.entry];
         let (from, to) = if is_hidden {
@@ -639,8 +722,8 @@ impl<'a> Phases<'a> {
         } else {
             (part * tile.split, ((part + 1) * tile.split).min(tile.stored))
         };
-        for (q, sight) in own.sight[..n].iter_mut().enumerate() {
-            let row = &self.plan.rows[self.kept(rows, tile.first + q / group)];
+        for (query, sight) in asked.queries.clone().zip(&mut own.sight) {
+            let row = &self.plan.rows[self.kept(rows, tile.first + query / group)];
             *sight = if is_hidden { (row.hidden_from, row.hidden_to) } else { (0, row.stored) };
         }
         let source = if is_hidden {
@@ -660,8 +743,8 @@ impl<'a> Phases<'a> {
         let width = padded(h.head_dim);
         let mut attend = Attend {
             head_dim: h.head_dim,
-            head,
-            queries: &own.queries[..n * h.head_dim],
+            head: asked.head,
+            queries: &own.queries[..n * width],
             sight: &own.sight[..n],
             source,
             from,
@@ -845,5 +928,32 @@ impl<'a> Phases<'a> {
         }
         // The threads do not meet again.
         (!self.w.is_stop_asked()).then_some(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Every piece is taken once, or each of its parts; and no thread has more than a part's worth beyond another.
+    #[test]
+    fn pieces_go_round() {
+        for (n, threads) in (0..40).flat_map(|n| (1..18).map(move |threads| (n, threads))) {
+            let cut = Cut::new(n, threads);
+            let mut taken = vec![Vec::new(); n];
+            for i in 0..cut.pieces() {
+                let (piece, part, parts) = cut.at(i);
+                taken[piece].push((part, parts));
+            }
+            for taken in taken {
+                let parts = taken[0].1;
+                assert!(taken.into_iter().eq((0..parts).map(|part| (part, parts))), "{n} for {threads}");
+            }
+            let of_thread = |thread: usize| -> f64 {
+                let each = cut.pieces() / threads;
+                (thread * each..(thread + 1) * each).map(|i| 1.0 / cut.at(i).2 as f64).sum()
+            };
+            assert!((0..threads).all(|t| (of_thread(t) - n as f64 / threads as f64).abs() < 1e-9), "{n} for {threads}");
+        }
     }
 }

@@ -28,6 +28,9 @@ const PAIR: usize = 4;
 /// Rows of queries or weights that a product takes at once.
 const ROWS: usize = 6;
 
+/// Pairs of a granule's 16 elements or rows.
+const STEPS: usize = GRANULE / 2;
+
 /// A layer's keys and values.
 pub struct Fixed {
     rows: usize,
@@ -166,18 +169,16 @@ impl Fixed {
         unsafe { S::prefetch(exponents) }
     }
 
-    /// Whole heads from element `first` of the row on; `scratch` has room for one.
+    /// Whole heads of keys or of values, from element `first` of the row on; `scratch` has room for one.
     ///
     /// # Safety
     /// Nobody else touches them meanwhile.
-    pub unsafe fn write(&self, row: usize, first: usize, k: &[f32], v: &[f32], scratch: &mut [u8]) {
+    pub unsafe fn write(&self, is_value: bool, row: usize, first: usize, x: &[f32], scratch: &mut [u8]) {
         let encoded = &mut scratch[..2 * self.dim];
-        for (is_value, x) in [(false, k), (true, v)] {
-            for (i, x) in x.chunks_exact(self.dim).enumerate() {
-                CacheType::F16.encode(x, encoded);
-                // SAFETY: the caller's.
-                unsafe { self.put(is_value, row, first / self.dim + i, encoded) };
-            }
+        for (i, x) in x.chunks_exact(self.dim).enumerate() {
+            CacheType::F16.encode(x, encoded);
+            // SAFETY: the caller's.
+            unsafe { self.put(is_value, row, first / self.dim + i, encoded) };
         }
     }
 
@@ -341,10 +342,8 @@ type Chunk = [*const u8; CHUNK / GRANULE];
 
 /// Queries and weights of a thread as integers.
 pub struct Integers {
-    queries: Vec<i32>,    // (head_dim / 2, query) of pairs
+    queries: Vec<i32>,    // (head_dim / 16, query, 8) of pairs
     units: Vec<f32>,      // (query): of the queries
-    factors: Vec<f32>,    // (16, query)
-    rounded: Vec<u16>,    // (head_dim, query)
     of_values: Vec<f32>,  // (RUN): the units of a run's values
     of_weights: Vec<f32>, // (query): the units of the weights
     gathered: Vec<u8>,    // (CHUNK / 16) granules of narrow ones
@@ -357,15 +356,13 @@ impl Integers {
             units: vec![0.0; queries],
             of_values: vec![0.0; RUN],
             of_weights: vec![0.0; queries],
-            factors: vec![0.0; GRANULE * queries],
-            rounded: vec![0; queries * head_dim],
             gathered: vec![0; CHUNK * 2 * head_dim],
         }
     }
 
     pub fn bytes(&self) -> usize {
-        let floats = self.units.len() + self.factors.len() + self.of_values.len() + self.of_weights.len();
-        4 * (self.queries.len() + floats) + 2 * self.rounded.len() + self.gathered.len()
+        let floats = self.units.len() + self.of_values.len() + self.of_weights.len();
+        4 * (self.queries.len() + floats) + self.gathered.len()
     }
 
     /// A query's weights begin.
@@ -384,36 +381,40 @@ impl Integers {
         self.of_weights[query] = unit;
     }
 
-    /// Takes `n` queries, `[head_dim][query]` with a multiple of 16 dimensions. Their integers are so large that no sum of products with a key's exceeds 31 bits: by
-    /// Cauchy and Schwarz, a part of it is at most the product of the lengths of both.
+    /// Takes `n` queries, `[head_dim / 16][query][16]`. Their integers are so large that no sum of products with a key's exceeds 31 bits:
+    /// by Cauchy and Schwarz, a part of it is at most the product of the lengths of both.
+    ///
+    /// # Safety
+    /// The CPU has `S`.
     #[inline(always)]
-    pub fn take(&mut self, queries: &[f32], n: usize) {
+    pub unsafe fn take<S: Simd>(&mut self, queries: &[f32], n: usize) {
         let dim = queries.len() / n;
-        let units = &mut self.units[..n];
-        // Sixteen dimensions at a time are whole vectors, whatever n is.
-        let group = GRANULE * n;
-        let factors = &mut self.factors[..group]; // (16, query)
-        factors.fill(0.0);
-        for x in queries.chunks_exact(group) {
-            factors.iter_mut().zip(x).for_each(|(sum, x)| *sum += x * x);
-        }
+        assert!(queries.len() == n * dim && dim.is_multiple_of(GRANULE));
+        assert!(n <= self.units.len() && queries.len() <= 2 * self.queries.len());
         // A hundredth less: for roundings, of half an integer to an element.
         let longest = 0.99 * (1u32 << (31 - DIGITS)) as f32 / (dim as f32).sqrt();
-        for (q, unit) in units.iter_mut().enumerate() {
-            *unit = factors.iter().skip(q).step_by(n).sum::<f32>().sqrt() / longest;
-        }
-        for factors in factors.chunks_exact_mut(n) {
-            factors.iter_mut().zip(&*units).for_each(|(factor, &unit)| *factor = reciprocal(unit));
-        }
-        let rounded = &mut self.rounded[..n * dim]; // (head_dim, query)
-        for (to, x) in rounded.chunks_exact_mut(group).zip(queries.chunks_exact(group)) {
-            let x = x.iter().zip(&*factors);
-            to.iter_mut().zip(x).for_each(|(to, (x, factor))| *to = (x * factor + ROUNDS).to_bits() as u16);
-        }
-        for (pairs, x) in self.queries.chunks_exact_mut(n).zip(rounded.chunks_exact(2 * n)) {
-            let (even, odd) = x.split_at(n);
-            for ((pair, &even), &odd) in pairs.iter_mut().zip(even).zip(odd) {
-                *pair = (u32::from(even) | u32::from(odd) << 16) as i32;
+        let on = n * GRANULE;
+        for (q, unit) in self.units.iter_mut().enumerate().take(n) {
+            // SAFETY: the caller's; whole vectors of a group of 16, which LANES divides; as many integers as queries have elements.
+            unsafe {
+                let first = queries.as_ptr().add(q * GRANULE);
+                let (mut from, mut squares) = (first, S::splat(0.0));
+                for _ in 0..dim / GRANULE {
+                    for lane in (0..GRANULE).step_by(S::LANES) {
+                        let x = S::load(from.add(lane));
+                        squares = S::fma(x, x, squares);
+                    }
+                    from = from.wrapping_add(on); // at last beyond the end
+                }
+                *unit = S::reduce_add(squares).sqrt() / longest;
+                let factor = S::splat(reciprocal(*unit));
+                let (mut from, mut to) = (first, self.queries.as_mut_ptr().cast::<i16>().add(q * GRANULE));
+                for _ in 0..dim / GRANULE {
+                    for lane in (0..GRANULE).step_by(S::LANES) {
+                        S::store_i16(to.add(lane), S::to_i(S::mul(S::load(from.add(lane)), factor)));
+                    }
+                    (from, to) = (from.wrapping_add(on), to.wrapping_add(on));
+                }
             }
         }
     }
@@ -487,19 +488,18 @@ impl<S: Simd, const M: usize, const V: usize> Sums<S, M, V> {
         Sums([[unsafe { S::splat_i(0) }; V]; M])
     }
 
-    /// Adds `depth` steps: A's rows are `ROW` pairs apart, its columns `step`; B's vectors begin at `b`, its rows are `on` bytes apart.
+    /// Adds the products of [`STEPS`] pairs: A's rows are `ROW` pairs apart, B's vectors begin at `b`, its rows are `on` bytes apart.
     ///
     /// # Safety
     /// The CPU has `S`; the matrices lie behind the pointers.
     #[inline(always)]
     unsafe fn add<const ROW: usize>(
         mut self,
-        (mut a, step): (*const i32, usize),
+        mut a: *const i32,
         (mut b, on): ([*const u8; V], usize),
-        depth: usize,
         ahead: &mut Ahead,
     ) -> Self {
-        for _ in 0..depth {
+        for _ in 0..STEPS {
             // SAFETY: the caller's.
             unsafe {
                 ahead.draw::<S>();
@@ -515,7 +515,7 @@ impl<S: Simd, const M: usize, const V: usize> Sums<S, M, V> {
                     }
                 }
             }
-            a = a.wrapping_add(step);
+            a = a.wrapping_add(1);
         }
         self
     }
@@ -630,9 +630,9 @@ struct Product<'a> {
     dim: usize,
     row: usize,
     column: usize,
-    /// Where A is, in pairs, and how far apart its columns or its rows are.
+    /// Where A is, in pairs, and how many of them on the next [`STEPS`] columns are.
     a: *const i32,
-    apart: usize,
+    on: usize,
     /// Units of A's rows, and of the keys.
     units: &'a [f32],
     of_keys: &'a [f32],
@@ -671,7 +671,7 @@ pub unsafe fn scores<S: Simd>(
                 (ahead.streams, ahead.apart) = (granules.trailing_zeros(), 2 * GRANULE * dim);
             }
         }
-        let p = Product { granules, dim, row, column, a, apart: n, units, of_keys, to: scores };
+        let p = Product { granules, dim, row, column, a, on: n * STEPS, units, of_keys, to: scores };
         // SAFETY: blocks stay within rows and columns.
         unsafe { constants!(m, vectors, score_block(&p, &mut ahead)) }
     }
@@ -686,12 +686,17 @@ unsafe fn score_block<S: Simd, const M: usize, const V: usize>(p: &Product, ahea
     }
     // SAFETY: the caller's: the block lies in all matrices.
     unsafe {
-        let a = p.a.add(p.row);
-        let b = std::array::from_fn(|v| {
+        let mut a = p.a.add(p.row * STEPS);
+        let mut b: [*const u8; V] = std::array::from_fn(|v| {
             let column = p.column + v * S::LANES;
             p.granules[column / GRANULE].add(column % GRANULE * PAIR)
         });
-        let sums = Sums::<S, M, V>::zero().add::<1>((a, p.apart), (b, GRANULE * PAIR), p.dim / 2, ahead);
+        let mut sums = Sums::<S, M, V>::zero();
+        for _ in 0..p.dim / GRANULE {
+            sums = sums.add::<STEPS>(a, (b, GRANULE * PAIR), ahead);
+            a = a.wrapping_add(p.on);
+            b = b.map(|b| b.wrapping_add(STEPS * GRANULE * PAIR)); // at last beyond the end
+        }
         for v in 0..V {
             let column = p.column + v * S::LANES;
             let of_keys = S::load(p.of_keys.as_ptr().add(column));
@@ -730,7 +735,7 @@ pub unsafe fn add_values<S: Simd>(
         if let (0, Some(next)) = (row, next) {
             ahead = Ahead::new::<S>(next.wrapping_add(2 * column * count), vectors, blocks.of_rows());
         }
-        let p = Product { granules, dim, row, column, a: weights, apart: 1, units, of_keys: &[], to: acc };
+        let p = Product { granules, dim, row, column, a: weights, on: STEPS, units, of_keys: &[], to: acc };
         // SAFETY: blocks stay within rows and columns.
         unsafe { constants!(m, vectors, value_block(&p, &mut ahead)) }
     }
@@ -743,15 +748,14 @@ unsafe fn value_block<S: Simd, const M: usize, const V: usize>(p: &Product, ahea
     if M * V + V + 2 > S::REGISTERS {
         return; // never asked for
     }
-    const STEPS: usize = GRANULE / 2;
     // SAFETY: the caller's: the block lies in all matrices.
     unsafe {
         let mut sums = Sums::<S, M, V>::zero();
         let mut a = p.a.add(p.row * RUN);
         for granule in p.granules {
             let b = std::array::from_fn(|v| granule.add((p.column + v * S::LANES) * PAIR));
-            sums = sums.add::<RUN>((a, p.apart), (b, p.dim * PAIR), STEPS, ahead);
-            a = a.wrapping_add(STEPS);
+            sums = sums.add::<RUN>(a, (b, p.dim * PAIR), ahead);
+            a = a.wrapping_add(p.on);
         }
         for m in 0..M {
             let unit = S::splat(*p.units.as_ptr().add(p.row + m));
@@ -766,6 +770,7 @@ unsafe fn value_block<S: Simd, const M: usize, const V: usize>(p: &Product, ahea
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::backend::cpu::simd::plain::Plain;
     use half::f16;
 
     fn fixed(x: &[f16]) -> (Vec<i16>, u8) {
@@ -849,7 +854,8 @@ mod tests {
         let (key, value) = ([0.5; 32], [-0.25; 32]);
         // SAFETY: one thread.
         unsafe {
-            cache.write(7, dim, &key, &value, &mut scratch);
+            cache.write(false, 7, dim, &key, &mut scratch);
+            cache.write(true, 7, dim, &value, &mut scratch);
             cache.encoded(7, &mut k, &mut v);
         }
         for (found, before, now) in [(&k, row(14), 0.5), (&v, row(15), -0.25)] {
@@ -868,23 +874,25 @@ mod tests {
         for dim in [16, 64, 256] {
             let mut integers = Integers::new(1, dim);
             let queries = vec![-3.7e3; dim];
-            integers.take(&queries, 1);
+            let mut take = |queries: &[f32]| {
+                // SAFETY: Plain runs everywhere.
+                unsafe { integers.take::<Plain>(queries, 1) };
+                (integers.queries.clone(), integers.units[0])
+            };
+            let (pairs, unit) = take(&queries);
             let (key, _) = fixed(&vec![f16::from_f32(1.999); dim]);
-            let sum: i64 = integers
-                .queries
+            let sum: i64 = pairs
                 .iter()
                 .flat_map(|&pair| [pair as i16, (pair >> 16) as i16])
                 .zip(&key)
                 .map(|(q, &k)| i64::from(q) * i64::from(k))
                 .sum();
             assert!((-(1 << 31)..-(1 << 30)).contains(&sum), "{sum} of {dim}");
-            let back =
-                f64::from(integers.units[0]) * integers.queries.iter().map(|&pair| f64::from(pair as i16)).sum::<f64>();
+            let back = f64::from(unit) * pairs.iter().map(|&pair| f64::from(pair as i16)).sum::<f64>();
             assert!((back / (-3.7e3 * dim as f64 / 2.0) - 1.0).abs() < 1e-3, "{back}");
-            integers.take(&vec![0.0; dim], 1);
-            assert!(integers.queries.iter().all(|&pair| pair == 0) && integers.units == [0.0]);
-            integers.take(&vec![f32::INFINITY; dim], 1);
-            assert!(integers.units[0].is_infinite());
+            let (pairs, unit) = take(&vec![0.0; dim]);
+            assert!(pairs.iter().all(|&pair| pair == 0) && unit == 0.0);
+            assert!(take(&vec![f32::INFINITY; dim]).1.is_infinite());
         }
     }
 
@@ -892,7 +900,7 @@ mod tests {
     /// none.
     #[test]
     fn weights_fit() {
-        use crate::backend::cpu::simd::{Tiled, plain::Plain};
+        use crate::backend::cpu::simd::Tiled;
         let mut integers = Integers::new(1, 16);
         let mut round = |weights: &mut [f32; RUN], of_values: f32| {
             integers.of_values.fill(of_values);

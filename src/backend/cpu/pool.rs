@@ -30,18 +30,18 @@ struct State {
     /// Number of the current job; odd while it runs.
     epoch: AtomicUsize,
     job: UnsafeCell<Option<Job<'static>>>,
-    arrived: AtomicUsize,
-    /// Barriers passed, and in the lowest bit whether the step is to end here.
-    passed: AtomicUsize,
     stop_asked: AtomicBool,
     panicked: AtomicBool,
+    arrived: Counter,
+    /// Barriers passed, and in the lowest bit whether the step is to end here.
+    passed: Counter,
     /// Pieces taken of each thread's share in this phase.
     taken: Box<[Counter]>,
     done: AtomicU32,
     shutdown: AtomicBool,
 }
 
-/// On a memory line of its own: its thread alone uses it until others have nothing left to do.
+/// On a memory line of its own, which nobody waits for who reads or writes another.
 #[repr(align(128))]
 #[derive(Default)]
 struct Counter(AtomicUsize);
@@ -73,24 +73,11 @@ impl Worker<'_> {
         cut(self.index)..cut(self.index + 1)
     }
 
-    /// Pieces of `0..n`, `grain` at a time: this thread's share in order, as memory likes to be read, then what others have
+    /// Pieces of `0..n`, multiples of `grain`: this thread's share in order, as memory likes to be read, then what others have
     /// not come to of theirs, so that nobody waits for long. Every piece goes to one thread. At most one such loop between two
     /// barriers.
-    pub fn pieces(&self, n: usize, grain: usize) -> impl Iterator<Item = Range<usize>> {
-        let pieces = n.div_ceil(grain);
-        let cut = move |thread: usize| pieces * thread / self.n;
-        let mut done = 0;
-        std::iter::from_fn(move || {
-            while done < self.n {
-                let owner = (self.index + done) % self.n;
-                let piece = cut(owner) + self.state.taken[owner].0.fetch_add(1, Ordering::Relaxed);
-                if piece < cut(owner + 1) {
-                    return Some(piece * grain..((piece + 1) * grain).min(n));
-                }
-                done += 1;
-            }
-            None
-        })
+    pub fn pieces(&self, n: usize, grain: usize, by: By) -> Pieces<'_> {
+        Pieces { worker: self, n, grain, by, done: 0 }
     }
 
     /// Asks that all threads see `true` at the next barrier.
@@ -107,17 +94,17 @@ impl Worker<'_> {
     #[must_use]
     pub fn barrier(&self) -> bool {
         let s = self.state;
-        let before = s.passed.load(Ordering::Acquire);
-        if s.arrived.fetch_add(1, Ordering::AcqRel) + 1 == self.n {
-            s.arrived.store(0, Ordering::Relaxed);
+        let before = s.passed.0.load(Ordering::Acquire);
+        if s.arrived.0.fetch_add(1, Ordering::AcqRel) + 1 == self.n {
+            s.arrived.0.store(0, Ordering::Relaxed);
             s.begin_phase();
             let stop = usize::from(s.stop_asked.load(Ordering::Relaxed));
-            s.passed.store(((before & !1).wrapping_add(2)) | stop, Ordering::Release);
+            s.passed.0.store(((before & !1).wrapping_add(2)) | stop, Ordering::Release);
             return stop == 1;
         }
         let mut wait = Wait::new();
         loop {
-            let now = s.passed.load(Ordering::Acquire);
+            let now = s.passed.0.load(Ordering::Acquire);
             if now != before {
                 return now & 1 == 1;
             }
@@ -126,6 +113,61 @@ impl Worker<'_> {
             }
             wait.step();
         }
+    }
+}
+
+/// How a share is cut.
+#[derive(Clone, Copy)]
+pub enum By {
+    Grain,
+    /// First a half, then a half of what is left, an eighth, and the rest: few pieces, of which the last are short.
+    Halves,
+}
+
+impl By {
+    /// Which grains of `len` piece `i` is; nothing from there on where no more are left.
+    fn piece(self, len: usize, i: usize) -> Range<usize> {
+        let from = |i: usize| match self {
+            By::Grain => i.min(len),
+            By::Halves if i < 4 => len - (len >> i),
+            By::Halves => len,
+        };
+        from(i)..from(i + 1)
+    }
+}
+
+/// See [`Worker::pieces`].
+pub struct Pieces<'a> {
+    worker: &'a Worker<'a>,
+    n: usize,
+    grain: usize,
+    by: By,
+    /// Threads, from this one on, of whose shares nothing is left.
+    done: usize,
+}
+
+impl Iterator for Pieces<'_> {
+    type Item = Range<usize>;
+
+    #[inline]
+    fn next(&mut self) -> Option<Range<usize>> {
+        let (w, grains) = (self.worker, self.n.div_ceil(self.grain));
+        while self.done < w.n {
+            let owner = (w.index + self.done) % w.n;
+            let (first, last) = (grains * owner / w.n, grains * (owner + 1) / w.n);
+            let (len, taken) = (last - first, &w.state.taken[owner].0);
+            // A look costs others less than a change.
+            if self.done > 0 && self.by.piece(len, taken.load(Ordering::Relaxed)).is_empty() {
+                self.done += 1;
+                continue;
+            }
+            let piece = self.by.piece(len, taken.fetch_add(1, Ordering::Relaxed));
+            self.done += usize::from(piece.end == len);
+            if !piece.is_empty() {
+                return Some((first + piece.start) * self.grain..((first + piece.end) * self.grain).min(self.n));
+            }
+        }
+        None
     }
 }
 
@@ -161,10 +203,10 @@ impl Pool {
             n,
             epoch: AtomicUsize::new(0),
             job: UnsafeCell::new(None),
-            arrived: AtomicUsize::new(0),
-            passed: AtomicUsize::new(0),
             stop_asked: AtomicBool::new(false),
             panicked: AtomicBool::new(false),
+            arrived: Counter::default(),
+            passed: Counter::default(),
             taken: (0..n).map(|_| Counter::default()).collect(),
             done: AtomicU32::new(0),
             shutdown: AtomicBool::new(false),
@@ -188,7 +230,7 @@ impl Pool {
     /// If the job does, on whatever thread.
     pub fn run(&mut self, job: Job) {
         let s = &*self.state;
-        s.arrived.store(0, Ordering::Relaxed);
+        s.arrived.0.store(0, Ordering::Relaxed);
         s.begin_phase();
         s.stop_asked.store(false, Ordering::Relaxed);
         s.panicked.store(false, Ordering::Relaxed);
@@ -270,7 +312,7 @@ mod tests {
                         count.fetch_add(1, Ordering::Relaxed);
                         assert!(!w.barrier());
                         assert_eq!(count.load(Ordering::Relaxed), n, "round {round}, phase {i}");
-                        for piece in w.pieces(20, 3) {
+                        for piece in w.pieces(20, 3, By::Grain) {
                             taken.fetch_add(piece.len(), Ordering::Relaxed);
                         }
                         assert!(!w.barrier());
@@ -288,11 +330,15 @@ mod tests {
             for (n, grain) in [(0, 1), (1, 16), (5, 1), (49, 16), (576, 16)] {
                 let counts: Vec<AtomicUsize> = (0..n).map(|_| AtomicUsize::new(0)).collect();
                 pool.run(&|w: &Worker| {
-                    w.share(n, grain).chain(w.pieces(n, grain).flatten()).for_each(|i| {
+                    w.share(n, grain).chain(w.pieces(n, grain, By::Grain).flatten()).for_each(|i| {
+                        counts[i].fetch_add(1, Ordering::Relaxed);
+                    });
+                    assert!(!w.barrier());
+                    w.pieces(n, grain, By::Halves).flatten().for_each(|i| {
                         counts[i].fetch_add(1, Ordering::Relaxed);
                     });
                 });
-                assert!(counts.iter().all(|c| c.load(Ordering::Relaxed) == 2), "{n} by {grain} on {threads}");
+                assert!(counts.iter().all(|c| c.load(Ordering::Relaxed) == 3), "{n} by {grain} on {threads}");
             }
         }
     }

@@ -83,19 +83,17 @@ impl Cache {
         }
     }
 
-    /// Whole heads from element `first` of the row on; `scratch` has room for an encoded row.
+    /// Whole heads of keys or of values, from element `first` of the row on; `scratch` has room for an encoded row.
     ///
     /// # Safety
     /// Nobody else touches them meanwhile.
-    pub unsafe fn write(&self, row: usize, first: usize, k: &[f32], v: &[f32], scratch: &mut [u8]) {
+    pub unsafe fn write(&self, is_value: bool, row: usize, first: usize, x: &[f32], scratch: &mut [u8]) {
         // SAFETY: the caller's.
         unsafe {
             match self {
-                Cache::Floats(keys, values) => {
-                    keys.write(row, first, k, scratch);
-                    values.write(row, first, v);
-                }
-                Cache::Fixed(cache) => cache.write(row, first, k, v, scratch),
+                Cache::Floats(keys, _) if !is_value => keys.write(row, first, x, scratch),
+                Cache::Floats(_, values) => values.write(row, first, x),
+                Cache::Fixed(cache) => cache.write(is_value, row, first, x, scratch),
             }
         }
     }

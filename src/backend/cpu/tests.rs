@@ -380,7 +380,8 @@ fn attention_is_right_for_every_cache() {
             unsafe {
                 for i in 0..c.stored {
                     let (key, value) = (row(), row());
-                    cache.write(at_stored(i), 0, &key, &value, &mut encoded);
+                    cache.write(false, at_stored(i), 0, &key, &mut encoded);
+                    cache.write(true, at_stored(i), 0, &value, &mut encoded);
                     plain.0.write(at_stored(i), 0, &key);
                     plain.1.write(at_stored(i), 0, &value);
                 }
@@ -438,8 +439,11 @@ fn attention_is_right_for_every_cache() {
                         }
                         keys.push((key.clone(), value.clone()));
                     }
-                    let transposed: Vec<f32> =
-                        (0..queries.len()).map(|i| queries[i % c.queries * c.head_dim + i / c.queries]).collect();
+                    // (head_dim / 16, query, 16)
+                    let grouped: Vec<f32> = (0..padded(c.head_dim) * c.queries)
+                        .map(|i| (i / 16 % c.queries, i / 16 / c.queries * 16 + i % 16))
+                        .map(|(q, d)| if d < c.head_dim { queries[q * c.head_dim + d] } else { 0.0 })
+                        .collect();
                     for kernels in &all_kernels() {
                         let dim = padded(c.head_dim);
                         let mut scratch = attention::Scratch::new(c.queries, c.head_dim, gathered);
@@ -448,7 +452,7 @@ fn attention_is_right_for_every_cache() {
                         let mut a = Attend {
                             head_dim: c.head_dim,
                             head,
-                            queries: &transposed,
+                            queries: &grouped,
                             sight: &sight,
                             source,
                             from: low - low % 16,
