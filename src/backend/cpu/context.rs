@@ -511,7 +511,7 @@ impl<'a> Phases<'a> {
         let spans_heads = h.qk_norm == QkNorm::Projection || !s.fresh.0.heads_are_apart(h.head_dim);
         let (pieces, n) = (if spans_heads { 1 } else { h.n_kv_heads }, enter.len());
         let width = h.kv_dim() / pieces;
-        // Rows that go to the cache take longest: they are few, and each thread has as many of them.
+        // By heads first: a row that goes to the cache takes longest, and so every thread has a part of it.
         for unit in self.w.share(2 * n * pieces, 1) {
             let (first, is_value, i) = (unit / (2 * n) * width, unit / n % 2 == 1, unit % n);
             let row = enter[i] as usize;
