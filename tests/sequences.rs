@@ -8,7 +8,7 @@ mod common;
 use std::path::Path;
 
 use allocations::LARGEST;
-use common::{Golden, difference, golden, load, on_emulator, one_layer, rounding};
+use common::{Golden, difference, golden, load, on_emulator, one_key_head, one_layer, rounding};
 use phd::Error;
 use phd::model::BackendKind;
 use phd::session::{BatchEntry, CacheType, Logits, Policy, Pooling, Session, SessionOptions, WhenFull};
@@ -279,6 +279,45 @@ fn what_is_left_after_a_drop_is_a_text_of_its_own() {
                 dropped = now;
             }
             assert!(drops >= 3, "{}: {drops} drops", g.name);
+        }
+    }
+}
+
+/// One key/value head is cut by its queries where two threads share it, and its context where that is long.
+#[test]
+fn threads_change_nothing() {
+    for g in golden().into_iter().filter(|g| g.path.join("model.safetensors").exists()) {
+        let folder = tempfile::tempdir().unwrap();
+        let path = one_key_head(&g.path, folder.path());
+        let tokens: Vec<i32> = (0..300).map(|i| i * 53 % 127).collect();
+        let run = |backend, n_threads, cache_type| -> Vec<Vec<f32>> {
+            let o = SessionOptions { n_threads, cache_type, ..options(320, 1) };
+            let mut s = Session::new(load(&path, backend), &o).unwrap();
+            let mut logits = Vec::new();
+            // A prompt, steps, and a long context's.
+            let (first, second) = (tokens.len() / 3, tokens.len() - 4);
+            s.prefill(0, &tokens[..first]).unwrap();
+            logits.push(s.logits(0).unwrap().to_vec());
+            for step in [first..first + 6, second..tokens.len()] {
+                let before = s.len(0).unwrap();
+                if before < step.start {
+                    s.prefill(0, &tokens[before..step.start]).unwrap();
+                }
+                for &token in &tokens[step] {
+                    s.step(0, token).unwrap();
+                    logits.push(s.logits(0).unwrap().to_vec());
+                }
+            }
+            logits
+        };
+        let expected = run(BackendKind::Reference, 1, CacheType::F32);
+        for (kind, bound) in [(CacheType::F32, rounding()), (CacheType::F16, 1e-2)] {
+            let alone = run(BackendKind::Cpu, 1, kind);
+            assert!(alone == run(BackendKind::Cpu, 2, kind), "{}, {kind:?}: two threads differ from one", g.name);
+            for (i, (found, expected)) in alone.iter().zip(&expected).enumerate() {
+                let d = difference(found, expected);
+                assert!(d < bound, "{}, {kind:?}: logits {i} differ by {d:e}", g.name);
+            }
         }
     }
 }

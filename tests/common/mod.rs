@@ -67,6 +67,34 @@ pub fn one_layer(path: &Path, folder: &Path) -> PathBuf {
     folder.to_owned()
 }
 
+/// A golden checkpoint whose query heads all share its first key/value head: one that no two threads have the same number of.
+pub fn one_key_head(path: &Path, folder: &Path) -> PathBuf {
+    let bytes = std::fs::read(path.join("model.safetensors")).unwrap();
+    let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let config = std::fs::read_to_string(path.join("config.json")).unwrap();
+    let mut config: serde_json::Value = serde_json::from_str(&config).unwrap();
+    let heads = config["num_key_value_heads"].as_u64().unwrap() as usize;
+    let width = file.tensor("model.layers.0.self_attn.k_proj.weight").unwrap().shape()[0];
+    let is_cut = |name: &str| [".k_proj.", ".v_proj.", ".k_norm."].iter().any(|part| name.contains(part));
+    let tensors: Vec<_> = file
+        .tensors()
+        .into_iter()
+        .map(|(name, tensor)| {
+            let mut shape = tensor.shape().to_vec();
+            let mut data = tensor.data();
+            if is_cut(&name) && shape[0] == width {
+                shape[0] /= heads;
+                data = &data[..data.len() / heads];
+            }
+            (name, safetensors::tensor::TensorView::new(tensor.dtype(), shape, data).unwrap())
+        })
+        .collect();
+    safetensors::serialize_to_file(tensors, None, &folder.join("model.safetensors")).unwrap();
+    config["num_key_value_heads"] = 1.into();
+    std::fs::write(folder.join("config.json"), config.to_string()).unwrap();
+    folder.to_owned()
+}
+
 /// Whether the tests' CPU backend is to be the CUDA one: on a GPU, or on the emulator (`tests/cuda/run.sh`).
 pub fn on_cuda() -> bool {
     std::env::var_os("PHD_TEST_CUDA").is_some()

@@ -95,7 +95,7 @@ impl Cut {
         let (each, left) = (n / threads, n % threads);
         // The fewest that left * parts = threads * parts_each allows.
         let parts_each = (1..=threads).find(|each| left > 0 && (threads * each).is_multiple_of(left)).unwrap_or(0);
-        let parts = if left > 0 { threads * parts_each / left } else { 1 };
+        let parts = (threads * parts_each).checked_div(left).unwrap_or(1);
         Cut { threads, each, whole: n - left, parts_each, parts }
     }
 

@@ -255,8 +255,8 @@ impl fmt::Display for Variant {
     }
 }
 
-/// On Zen 4 one and two rows are faster with the CPU's own prefetchers alone, on Ice Lake they are not; tiles in twos were measured on
-/// Ice Lake only (docs/performance.md).
+/// On Zen 4 one and two rows are faster with the CPU's own prefetchers alone and tiles in twos are slower, on Ice Lake it is the other way
+/// round (docs/performance.md).
 #[cfg(target_arch = "x86_64")]
 static AVX512_AMD: Kernels = avx512::table(UNPREFETCHED_ROWS, false);
 
