@@ -5,18 +5,17 @@ mod common;
 #[path = "common/wide.rs"]
 mod wide;
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Output};
 use std::sync::Arc;
 
-use common::{Golden, demo_model, difference, golden, load};
+use common::{Golden, Random, demo_model, difference, golden, load, with_head_dim};
 use phd::Error;
 use phd::convert::{self, convert};
 use phd::model::{BackendKind, LoadOptions, Model};
 use phd::session::{BatchEntry, CacheType, Logits, Session, SessionOptions};
 use phd::tensor::DType;
 use safetensors::Dtype;
-use safetensors::tensor::{SafeTensors, TensorView};
 
 /// `phd run` on the demo model with a backend and an environment.
 fn run(backend: &str, environment: &[(&str, &str)]) -> Output {
@@ -92,56 +91,6 @@ fn long_prompts_at_once() {
     }
 }
 
-/// A small generator; the same numbers in every run.
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, n: usize) -> usize {
-        self.0 = self.0.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-        ((self.0 >> 33) as usize) % n
-    }
-}
-
-/// A golden checkpoint whose heads have another dimension, one that attention has tensor-core kernels for. What is not the
-/// checkpoint's is noise.
-fn with_head_dim(g: &Golden, dim: usize, folder: &Path) -> PathBuf {
-    let bytes = std::fs::read(g.path.join("model.safetensors")).unwrap();
-    let file = SafeTensors::deserialize(&bytes).unwrap();
-    let config = std::fs::read_to_string(g.path.join("config.json")).unwrap();
-    let mut config: serde_json::Value = serde_json::from_str(&config).unwrap();
-    let of = |name: &str| config[name].as_u64().unwrap() as usize;
-    let (n_embd, q, kv) = (of("hidden_size"), of("num_attention_heads") * dim, of("num_key_value_heads") * dim);
-    let mut random = Random(1);
-    let mut noise = |n: usize| -> Vec<u8> {
-        (0..n).flat_map(|_| ((random.below(2001) as f32 - 1000.0) / 5000.0).to_le_bytes()).collect()
-    };
-    let mut names = file.names();
-    names.sort(); // the noise is the same in every run
-    let made: Vec<(String, Vec<usize>, Vec<u8>)> = names
-        .into_iter()
-        .filter_map(|name| {
-            let shape = match name.rsplit("self_attn.").next().unwrap() {
-                "q_proj.weight" => vec![q, n_embd],
-                "k_proj.weight" | "v_proj.weight" => vec![kv, n_embd],
-                "o_proj.weight" => vec![n_embd, q],
-                "q_norm.weight" | "k_norm.weight" => vec![dim],
-                _ => return None,
-            };
-            let bytes = noise(shape.iter().product());
-            Some((name.to_string(), shape, bytes))
-        })
-        .collect();
-    let mut tensors: Vec<(String, TensorView)> =
-        file.tensors().into_iter().filter(|(name, _)| !made.iter().any(|(other, ..)| other == name)).collect();
-    for (name, shape, bytes) in &made {
-        tensors.push((name.clone(), TensorView::new(Dtype::F32, shape.clone(), bytes).unwrap()));
-    }
-    safetensors::serialize_to_file(tensors, None, &folder.join("model.safetensors")).unwrap();
-    config["head_dim"] = dim.into();
-    std::fs::write(folder.join("config.json"), config.to_string()).unwrap();
-    folder.to_owned()
-}
-
 fn named(name: &str) -> Golden {
     golden().into_iter().find(|g| g.name == name).unwrap()
 }
@@ -152,7 +101,7 @@ fn named(name: &str) -> Golden {
 fn tensor_cores_attend_as_the_reference() {
     for (name, dim) in [("llama-cswa-k4-w5-c6", 64), ("llama-cswa-k2-w16-c32", 128), ("llama-vanilla", 64)] {
         let (g, folder) = (named(name), tempfile::tempdir().unwrap());
-        let path = with_head_dim(&g, dim, folder.path());
+        let path = with_head_dim(&g.path, dim, folder.path());
         // Activations of more than 16 rows are one bf16 part, and keys that two backends round may come out as neighbouring values.
         for (cache_type, bound) in [(CacheType::F16, 6e-3), (CacheType::Bf16, 1.6e-2), (CacheType::Q8_0, 2e-2)] {
             let options = SessionOptions { n_positions: 256, max_rows: 60, cache_type, ..Default::default() };
@@ -259,7 +208,7 @@ fn company_and_pieces_change_no_bit() {
     for name in ["llama-cswa-k4-w5-c6", "qwen3-scale-seq-n2"] {
         let (g, at) = (named(name), folder.path().join(name));
         std::fs::create_dir(&at).unwrap();
-        let path = with_head_dim(&g, 64, &at);
+        let path = with_head_dim(&g.path, 64, &at);
         models.extend([CacheType::F16, CacheType::Bf16, CacheType::Q8_0].map(|t| (path.clone(), t)));
         models.push((g.path, CacheType::F32));
     }

@@ -5,6 +5,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use phd::model::{BackendKind, LoadOptions, Model};
+use safetensors::Dtype;
+use safetensors::tensor::{SafeTensors, TensorView};
 
 pub fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
@@ -37,7 +39,7 @@ pub fn golden() -> Vec<Golden> {
 
 fn read_golden(path: &Path) -> Golden {
     let bytes = std::fs::read(path.join("golden.safetensors")).unwrap();
-    let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let file = SafeTensors::deserialize(&bytes).unwrap();
     let words = |name: &str| -> Vec<[u8; 4]> {
         file.tensor(name).unwrap().data().chunks(4).map(|b| b.try_into().unwrap()).collect()
     };
@@ -56,7 +58,7 @@ fn read_golden(path: &Path) -> Golden {
 /// A golden checkpoint cut down to its first layer.
 pub fn one_layer(path: &Path, folder: &Path) -> PathBuf {
     let bytes = std::fs::read(path.join("model.safetensors")).unwrap();
-    let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let file = SafeTensors::deserialize(&bytes).unwrap();
     let first = |name: &str| !name.contains(".layers.") || name.contains(".layers.0.");
     let tensors: Vec<_> = file.tensors().into_iter().filter(|(name, _)| first(name)).collect();
     safetensors::serialize_to_file(tensors, None, &folder.join("model.safetensors")).unwrap();
@@ -70,7 +72,7 @@ pub fn one_layer(path: &Path, folder: &Path) -> PathBuf {
 /// A golden checkpoint whose query heads all share its first key/value head: one that no two threads have the same number of.
 pub fn one_key_head(path: &Path, folder: &Path) -> PathBuf {
     let bytes = std::fs::read(path.join("model.safetensors")).unwrap();
-    let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let file = SafeTensors::deserialize(&bytes).unwrap();
     let config = std::fs::read_to_string(path.join("config.json")).unwrap();
     let mut config: serde_json::Value = serde_json::from_str(&config).unwrap();
     let heads = config["num_key_value_heads"].as_u64().unwrap() as usize;
@@ -86,11 +88,60 @@ pub fn one_key_head(path: &Path, folder: &Path) -> PathBuf {
                 shape[0] /= heads;
                 data = &data[..data.len() / heads];
             }
-            (name, safetensors::tensor::TensorView::new(tensor.dtype(), shape, data).unwrap())
+            (name, TensorView::new(tensor.dtype(), shape, data).unwrap())
         })
         .collect();
     safetensors::serialize_to_file(tensors, None, &folder.join("model.safetensors")).unwrap();
     config["num_key_value_heads"] = 1.into();
+    std::fs::write(folder.join("config.json"), config.to_string()).unwrap();
+    folder.to_owned()
+}
+
+/// Numbers that are the same in every run.
+pub struct Random(pub u64);
+
+impl Random {
+    pub fn below(&mut self, n: usize) -> usize {
+        self.0 = self.0.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+        ((self.0 >> 33) as usize) % n
+    }
+}
+
+/// A golden checkpoint whose heads have another dimension. What is not the checkpoint's is noise.
+pub fn with_head_dim(path: &Path, dim: usize, folder: &Path) -> PathBuf {
+    let bytes = std::fs::read(path.join("model.safetensors")).unwrap();
+    let file = SafeTensors::deserialize(&bytes).unwrap();
+    let config = std::fs::read_to_string(path.join("config.json")).unwrap();
+    let mut config: serde_json::Value = serde_json::from_str(&config).unwrap();
+    let of = |name: &str| config[name].as_u64().unwrap() as usize;
+    let (n_embd, q, kv) = (of("hidden_size"), of("num_attention_heads") * dim, of("num_key_value_heads") * dim);
+    let mut random = Random(1);
+    let mut noise = |n: usize| -> Vec<u8> {
+        (0..n).flat_map(|_| ((random.below(2001) as f32 - 1000.0) / 5000.0).to_le_bytes()).collect()
+    };
+    let mut names = file.names();
+    names.sort(); // the noise is the same in every run
+    let made: Vec<(String, Vec<usize>, Vec<u8>)> = names
+        .into_iter()
+        .filter_map(|name| {
+            let shape = match name.rsplit("self_attn.").next().unwrap() {
+                "q_proj.weight" => vec![q, n_embd],
+                "k_proj.weight" | "v_proj.weight" => vec![kv, n_embd],
+                "o_proj.weight" => vec![n_embd, q],
+                "q_norm.weight" | "k_norm.weight" => vec![dim],
+                _ => return None,
+            };
+            let bytes = noise(shape.iter().product());
+            Some((name.to_string(), shape, bytes))
+        })
+        .collect();
+    let mut tensors: Vec<(String, TensorView)> =
+        file.tensors().into_iter().filter(|(name, _)| !made.iter().any(|(other, ..)| other == name)).collect();
+    for (name, shape, bytes) in &made {
+        tensors.push((name.clone(), TensorView::new(Dtype::F32, shape.clone(), bytes).unwrap()));
+    }
+    safetensors::serialize_to_file(tensors, None, &folder.join("model.safetensors")).unwrap();
+    config["head_dim"] = dim.into();
     std::fs::write(folder.join("config.json"), config.to_string()).unwrap();
     folder.to_owned()
 }

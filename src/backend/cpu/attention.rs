@@ -84,12 +84,12 @@ pub struct Attend<'a> {
     pub head_dim: usize,
     /// Which key/value head.
     pub head: usize,
-    /// `[head_dim / 16, rounded up][query][16]`, zeros beyond head_dim, scaled by log2(e) / sqrt(head_dim): the softmax is of powers of two.
+    /// `[head_dim / 16, rounded up][query][16]`, scaled by log2(e) / sqrt(head_dim): the softmax is of powers of two.
     pub queries: &'a [f32],
     /// Keys each query may see, in the source's numbers: from, to.
     pub sight: &'a [(u32, u32)],
     pub source: Source<'a>,
-    /// The keys to go over; `from` is a multiple of 16.
+    /// The keys to go over, of hidden ones all that any query sees; `from` is a multiple of 16.
     pub from: usize,
     pub to: usize,
     pub scratch: &'a mut Scratch,

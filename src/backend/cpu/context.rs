@@ -78,16 +78,17 @@ struct Asked<'a> {
     queries: Range<usize>,
 }
 
-/// How `n` pieces of work of one size are shared by threads that are waited for: whole ones first, as many to each thread, and what is left
-/// cut into so many parts that they go round.
+/// How `n` pieces of work of one size are shared by threads that are waited for: whole ones first, as many to each thread; what is left is
+/// cut into so many parts that they go round, of which a thread takes those of one piece together.
 struct Cut {
     threads: usize,
     /// Whole pieces of each thread, and all of them.
     each: usize,
     whole: usize,
-    /// Parts of each thread, and of each piece that is cut.
+    /// Parts of each thread, of each piece that is cut, and the pieces that a thread's are of, at most.
     parts_each: usize,
     parts: usize,
+    spans: usize,
 }
 
 impl Cut {
@@ -96,22 +97,30 @@ impl Cut {
         // The fewest that left * parts = threads * parts_each allows.
         let parts_each = (1..=threads).find(|each| left > 0 && (threads * each).is_multiple_of(left)).unwrap_or(0);
         let parts = (threads * parts_each).checked_div(left).unwrap_or(1);
-        Cut { threads, each, whole: n - left, parts_each, parts }
+        // A thread has less than a piece's worth of them.
+        let spans = if parts_each == 0 { 0 } else { 1 + usize::from(!parts.is_multiple_of(parts_each)) };
+        Cut { threads, each, whole: n - left, parts_each, parts, spans }
     }
 
     /// Of all threads, one thread's after another's.
     fn pieces(&self) -> usize {
-        self.threads * (self.each + self.parts_each)
+        self.threads * (self.each + self.spans)
     }
 
-    /// The piece, which part of it, and of how many.
-    fn at(&self, i: usize) -> (usize, usize, usize) {
-        let (thread, i) = (i / (self.each + self.parts_each), i % (self.each + self.parts_each));
+    /// The piece, which of its parts, possibly none, and of how many.
+    fn at(&self, i: usize) -> (usize, Range<usize>, usize) {
+        let (thread, i) = (i / (self.each + self.spans), i % (self.each + self.spans));
         if i < self.each {
-            return (thread * self.each + i, 0, 1);
+            return (thread * self.each + i, 0..1, 1);
         }
-        let part = thread * self.parts_each + i - self.each;
-        (self.whole + part / self.parts, part % self.parts, self.parts)
+        let (first, last) = (thread * self.parts_each, (thread + 1) * self.parts_each);
+        let piece = first / self.parts;
+        let end = (piece + 1) * self.parts;
+        if i == self.each {
+            return (self.whole + piece, first % self.parts..last.min(end) - piece * self.parts, self.parts);
+        }
+        let beyond = last.saturating_sub(end);
+        (self.whole + piece + usize::from(beyond > 0), 0..beyond, self.parts)
     }
 }
 
@@ -511,9 +520,11 @@ impl<'a> Phases<'a> {
         let spans_heads = h.qk_norm == QkNorm::Projection || !s.fresh.0.heads_are_apart(h.head_dim);
         let (pieces, n) = (if spans_heads { 1 } else { h.n_kv_heads }, enter.len());
         let width = h.kv_dim() / pieces;
-        // By heads first: a row that goes to the cache takes longest, and so every thread has a part of it.
+        // By heads first, then keys and values: a row that goes to the cache takes longest, and so every thread has a part of it. Else by
+        // rows: keys take longer than values.
         for unit in self.w.share(2 * n * pieces, 1) {
-            let (first, is_value, i) = (unit / (2 * n) * width, unit / n % 2 == 1, unit % n);
+            let first = unit / (2 * n) * width;
+            let (is_value, i) = if spans_heads { (unit % 2 == 1, unit / 2) } else { (unit / n % 2 == 1, unit % n) };
             let row = enter[i] as usize;
             // SAFETY: phases: units of this thread's share; of this row's queries, the unit of its keys where that spans heads.
             let x = unsafe { if is_value { s.v.part_mut(i, first, width) } else { s.k.part_mut(i, first, width) } };
@@ -594,6 +605,7 @@ impl<'a> Phases<'a> {
         self.find_tiles(&mut tiles, rows);
         let is_shared = self.shares_contexts(rows);
         let pieces = |t: &QueryTile| h.n_kv_heads * if is_shared { t.parts() } else { 1 };
+        // Parts of contexts are of many sizes; who is done with his takes others'.
         let cut = Cut::new(tiles.iter().map(pieces).sum(), if is_shared { 1 } else { self.w.n });
         let slots = slots(&s.options.layout);
         for at in self.w.pieces(cut.pieces(), 1, By::Grain).take_while(|_| !self.is_stopping()) {
@@ -604,7 +616,7 @@ impl<'a> Phases<'a> {
                 here
             });
             let tile = tile.expect("pieces were counted");
-            let queries = tile.n * group * part / parts..tile.n * group * (part + 1) / parts;
+            let queries = tile.n * group * part.start / parts..tile.n * group * part.end / parts;
             if queries.is_empty() {
                 continue;
             }
@@ -696,14 +708,12 @@ impl<'a> Phases<'a> {
                 }
                 (self.kernels.rotate)(x, s.rope.row(self.kept(rows, row)), h.rope_pairs);
             }
-            let mut to = own.queries[q * GRANULE..].chunks_mut(n * GRANULE);
-            let (whole, rest) = x.as_chunks::<GRANULE>();
-            for (to, x) in to.by_ref().zip(whole) {
-                to[..GRANULE].copy_from_slice(&x.map(|x| x * scale));
-            }
-            if let (Some(to), false) = (to.next(), rest.is_empty()) {
-                to[..GRANULE].fill(0.0);
-                to.iter_mut().zip(rest).for_each(|(to, x)| *to = x * scale);
+            let groups = own.queries[q * GRANULE..].chunks_mut(n * GRANULE);
+            for (to, x) in groups.zip(x.chunks(GRANULE)) {
+                match x.first_chunk::<GRANULE>() {
+                    Some(x) => to[..GRANULE].copy_from_slice(&x.map(|x| x * scale)),
+                    None => to.iter_mut().zip(x).for_each(|(to, x)| *to = x * scale),
+                }
             }
         }
     }
@@ -935,23 +945,26 @@ impl<'a> Phases<'a> {
 mod tests {
     use super::*;
 
-    /// Every piece is taken once, or each of its parts; and no thread has more than a part's worth beyond another.
+    /// Every piece is taken once, all of it, and each thread has as much.
     #[test]
     fn pieces_go_round() {
         for (n, threads) in (0..40).flat_map(|n| (1..18).map(move |threads| (n, threads))) {
             let cut = Cut::new(n, threads);
-            let mut taken = vec![Vec::new(); n];
+            let mut taken = vec![0; n]; // parts, which come in order
             for i in 0..cut.pieces() {
                 let (piece, part, parts) = cut.at(i);
-                taken[piece].push((part, parts));
+                assert!(part.end <= parts && (part.is_empty() || part.start == taken[piece]), "{n} for {threads}");
+                taken[piece] += part.len();
+                assert!(part.end < parts || taken[piece] == parts, "{n} for {threads}");
             }
-            for taken in taken {
-                let parts = taken[0].1;
-                assert!(taken.into_iter().eq((0..parts).map(|part| (part, parts))), "{n} for {threads}");
-            }
+            assert!(
+                (0..n).all(|piece| taken[piece] == if piece < cut.whole { 1 } else { cut.parts }),
+                "{n} for {threads}"
+            );
             let of_thread = |thread: usize| -> f64 {
                 let each = cut.pieces() / threads;
-                (thread * each..(thread + 1) * each).map(|i| 1.0 / cut.at(i).2 as f64).sum()
+                let size = |(_, part, parts): (usize, Range<usize>, usize)| part.len() as f64 / parts as f64;
+                (thread * each..(thread + 1) * each).map(|i| size(cut.at(i))).sum()
             };
             assert!((0..threads).all(|t| (of_thread(t) - n as f64 / threads as f64).abs() < 1e-9), "{n} for {threads}");
         }

@@ -442,7 +442,7 @@ fn attention_is_right_for_every_cache() {
                     // (head_dim / 16, query, 16)
                     let grouped: Vec<f32> = (0..padded(c.head_dim) * c.queries)
                         .map(|i| (i / 16 % c.queries, i / 16 / c.queries * 16 + i % 16))
-                        .map(|(q, d)| if d < c.head_dim { queries[q * c.head_dim + d] } else { 0.0 })
+                        .map(|(q, d)| if d < c.head_dim { queries[q * c.head_dim + d] } else { f32::NAN })
                         .collect();
                     for kernels in &all_kernels() {
                         let dim = padded(c.head_dim);
