@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{Golden, difference, golden, load, rounding, under_every_variant};
+use common::{Golden, Random, difference, golden, load, rounding, under_every_variant};
 use phd::model::BackendKind;
 use phd::session::{BatchEntry, CacheType, Logits, Session, SessionOptions};
 use phd::{Error, Result};
@@ -38,16 +38,6 @@ fn check(s: &Session, seq: usize, g: &Golden, n: usize, what: &str) {
     assert_eq!(s.len(seq as i64).unwrap(), n, "{} {what}", g.name);
     let found = difference(s.logits(seq as i64).unwrap(), &g.logits[n - 1]);
     assert!(found < rounding(), "{} {what}: sequence {seq} of {n} positions differs by {found:e}", g.name);
-}
-
-/// A small generator; the programs below are the same in every run.
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, n: usize) -> usize {
-        self.0 = self.0.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-        ((self.0 >> 33) as usize) % n
-    }
 }
 
 /// Three sequences grow by random pieces, whoever is in the batch; passes are far smaller than the batches. On all but the reference
