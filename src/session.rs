@@ -985,6 +985,24 @@ mod tests {
         assert!(n >= n_layers, "{n}");
     }
 
+    /// Threads wait for each other once before each of six phases of a layer, and before the logits.
+    #[test]
+    fn a_step_has_few_barriers() {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/english-phd-cswa-2-16-32");
+        let options = LoadOptions { backend: BackendKind::Cpu, ..Default::default() };
+        let model = Arc::new(Model::load(&path, options).unwrap());
+        let n_layers = model.hyper.n_layers;
+        let mut s = Session::new(model, &SessionOptions { n_positions: 512, ..Default::default() }).unwrap();
+        // Contexts that threads do not share, and some that they do.
+        for len in [70, 400] {
+            let before = s.len(0).unwrap();
+            s.prefill(0, &vec![7; len - before]).unwrap();
+            let before = s.context.barriers();
+            s.step(0, 7).unwrap();
+            assert_eq!(s.context.barriers() - before, 6 * n_layers + 1, "{len} positions");
+        }
+    }
+
     #[test]
     #[ignore = "needs a GPU or the emulator: tests/cuda/run.sh"]
     fn cuda_asks_before_the_pass_each_layer_and_the_outputs() {

@@ -160,6 +160,11 @@ pub trait Context: Send {
     fn read_rows(&self, layer: usize, first: usize, rows: &mut [u8]) -> Result<()>;
     fn write_rows(&mut self, layer: usize, first: usize, rows: &[u8]) -> Result<()>;
     fn memory(&self) -> ContextMemory;
+    /// How often the CPU's threads have waited for each other.
+    #[cfg(test)]
+    fn barriers(&self) -> usize {
+        0
+    }
 }
 
 /// Prepares weights for the backend asked for; `device` is the number of a GPU. `progress` is told the fraction done and may cancel.

@@ -27,15 +27,8 @@ pub fn weights(dtype: DType, n_out: usize, n_in: usize, noise: &mut Noise) -> Te
         _ => {
             let mut bytes: Vec<u8> = (0..n).map(|_| noise.bits() as u8).collect();
             // Any bits are quants; scales must be finite.
-            let scales: &[usize] = match dtype {
-                DType::Q4_1 | DType::Q5_1 | DType::Q4_K | DType::Q5_K => &[0, 2],
-                DType::Q2_K => &[80, 82],
-                DType::Q3_K => &[108],
-                DType::Q6_K => &[208],
-                _ => &[0],
-            };
             for block in bytes.chunks_mut(dtype.block_bytes()) {
-                for &at in scales {
+                for &at in scales(dtype) {
                     block[at..at + 2].copy_from_slice(&half::f16::from_f32(noise.float()).to_le_bytes());
                 }
             }
@@ -43,4 +36,15 @@ pub fn weights(dtype: DType, n_out: usize, n_in: usize, noise: &mut Noise) -> Te
         }
     };
     TensorView::of_bytes("weights", dtype, vec![n_out, n_in], bytes)
+}
+
+/// Where the f16 scales and minima of a block lie, for a type that has blocks.
+pub fn scales(dtype: DType) -> &'static [usize] {
+    match dtype {
+        DType::Q4_1 | DType::Q5_1 | DType::Q4_K | DType::Q5_K => &[0, 2],
+        DType::Q2_K => &[80, 82],
+        DType::Q3_K => &[108],
+        DType::Q6_K => &[208],
+        _ => &[0],
+    }
 }

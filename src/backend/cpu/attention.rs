@@ -1,5 +1,5 @@
-//! Attention of a tile of query rows over one read of the cache: keys and values are multiplied where they lie, or converted once
-//! for all of them, the softmax is carried along (Milakov and Gimelshein, arXiv 1805.02867).
+//! Attention of a tile of query rows over one read of the cache: keys and values are multiplied where they lie, as integers ([`fixed`])
+//! or floats, or converted once for all of them; the softmax is carried along (Milakov and Gimelshein, arXiv 1805.02867).
 //!
 //! Keys are taken in fixed pieces: runs of 256 to a step of the softmax, splits of a length that depends on the query's own context alone
 //! ([`split_len`]), the hidden window as a piece of its own. Splits are what threads share, and are merged in order. So a row's
@@ -16,8 +16,12 @@ pub const CHUNK: usize = 64;
 /// Keys to a step of the softmax.
 pub const RUN: usize = 256;
 
-/// Hidden keys that a query alone takes as they lie.
-const FEW: u32 = 16;
+/// Hidden keys that a query alone takes as they lie, at most.
+const FEW: usize = 16;
+
+fn sees_few(&(low, high): &(u32, u32)) -> bool {
+    low < high && (high - low) as usize <= FEW
+}
 
 /// Most splits of a row's stored keys.
 pub const MAX_SPLITS: usize = 32;
@@ -149,13 +153,14 @@ pub unsafe fn attend<S: Simd>(a: &mut Attend) {
     a.acc.fill(0.0);
     if let Source::Fixed { cache, blocks, rows_per_block } = a.source {
         // SAFETY: the caller's.
-        unsafe { cache.draw_first::<S>(cache_row(blocks, rows_per_block, a.from), a.head) };
-        // SAFETY: the caller's.
-        unsafe { a.scratch.integers.take::<S>(a.queries, n) };
+        unsafe {
+            cache.draw_first::<S>(cache_row(blocks, rows_per_block, a.from), a.head);
+            a.scratch.integers.take::<S>(a.queries, n);
+        }
     }
     // SAFETY: the caller's.
     let has_few = unsafe { attend_few::<S>(a) };
-    let is_left = |s: &(u32, u32)| s.0 < s.1 && !(has_few && s.1 - s.0 <= FEW);
+    let is_left = |s: &(u32, u32)| s.0 < s.1 && !(has_few && sees_few(s));
     let seen = a.sight.iter().filter(|s| is_left(s));
     let (low, high) = seen.fold((usize::MAX, 0), |(l, h), s| (l.min(s.0 as usize), h.max(s.1 as usize)));
     // Runs begin at multiples of 256 and vectors at multiples of 16, whatever is seen of them.
@@ -260,15 +265,15 @@ unsafe fn attend_few<S: Simd>(a: &mut Attend) -> bool {
 unsafe fn few<S: Simd, const N: usize>(a: &mut Attend, load: impl Fn(*const u8) -> S::F) {
     let (dim, n) = (a.head_dim, a.sight.len());
     for q in 0..n {
-        let (low, high) = a.sight[q];
-        if low >= high || high - low > FEW {
+        if !sees_few(&a.sight[q]) {
             continue;
         }
-        let mut weights = [f32::NEG_INFINITY; FEW as usize];
-        let mut values = [std::ptr::null(); FEW as usize];
+        let (low, high) = (a.sight[q].0 as usize, a.sight[q].1 as usize);
+        let mut weights = [f32::NEG_INFINITY; FEW];
+        let mut values = [std::ptr::null(); FEW];
         // SAFETY: queries and sums are whole vectors of 16; of a row's head, the slices check the bounds.
         unsafe {
-            for (number, (weight, value)) in (low as usize..high as usize).zip(weights.iter_mut().zip(&mut values)) {
+            for (number, (weight, value)) in (low..high).zip(weights.iter_mut().zip(&mut values)) {
                 let ((k, v), row) = a.source.hidden_row(number).expect("what a query sees is there");
                 let key = k.rows(row, 1, a.head * dim).as_ptr();
                 *value = v.rows(row, 1, a.head * dim).as_ptr();
@@ -282,20 +287,11 @@ unsafe fn few<S: Simd, const N: usize>(a: &mut Attend, load: impl Fn(*const u8) 
                 }
                 *weight = S::reduce_add(sum);
             }
-            let count = (high - low) as usize;
-            let max = weights[..count].iter().copied().fold(weights[0], f32::max);
-            let mut total = S::splat(0.0);
-            for i in (0..weights.len()).step_by(S::LANES) {
-                let at = weights.as_mut_ptr().add(i);
-                let e = S::exp2(S::add(S::load(at), S::splat(-max)));
-                total = S::add(total, e);
-                S::store(at, e);
-            }
-            (a.max[q], a.sum[q]) = (max, S::reduce_add(total));
+            softmax_step::<S>(&mut weights, &mut a.max[q], &mut a.sum[q], &mut [], |_, e| e);
             let acc = a.acc.as_mut_ptr().add(q * dim);
             for at in (0..dim).step_by(S::LANES) {
                 let mut sum = S::splat(0.0);
-                for (weight, value) in weights.iter().zip(values).take(count) {
+                for (weight, value) in weights.iter().zip(values).take(high - low) {
                     sum = S::fma(S::splat(*weight), load(value.add(N * at)), sum);
                 }
                 S::store(acc.add(at), sum);

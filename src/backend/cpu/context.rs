@@ -250,6 +250,11 @@ impl Context for CpuContext {
         unsafe { self.step.embeddings.row(row) }
     }
 
+    #[cfg(test)]
+    fn barriers(&self) -> usize {
+        self.pool.barriers()
+    }
+
     fn read_rows(&self, layer: usize, first: usize, rows: &mut [u8]) -> Result<()> {
         let cache = &self.step.cache[layer];
         let n = self.step.options.cache_type.row_bytes(self.step.model.hyper.kv_dim());
@@ -944,6 +949,20 @@ impl<'a> Phases<'a> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Parts of contexts stay few, at most [`MAX_SPLITS`], and begin where a run of the softmax does.
+    #[test]
+    fn contexts_have_few_splits() {
+        for (stored, split) in
+            [(0, 256), (1, 256), (8_192, 256), (8_193, 512), (16_384, 512), (16_385, 1_024), (1 << 20, 1 << 15)]
+        {
+            assert_eq!(split_len(stored), split, "{stored} keys");
+        }
+        for stored in (0..100_000).step_by(37) {
+            let split = split_len(stored);
+            assert!(stored.div_ceil(split) <= MAX_SPLITS && split.is_multiple_of(attention::RUN), "{stored} keys");
+        }
+    }
 
     /// Every piece is taken once, all of it, and each thread has as much.
     #[test]

@@ -260,6 +260,12 @@ impl fmt::Display for Variant {
 #[cfg(target_arch = "x86_64")]
 static AVX512_AMD: Kernels = avx512::table(UNPREFETCHED_ROWS, false);
 
+/// The kernels of AVX2 with AVX-VNNI, with the same instructions as AVX-512 encodes them: most CPUs have one of the two.
+#[cfg(all(test, target_arch = "x86_64"))]
+pub fn avx2_vnni_as_avx512() -> Option<Kernels> {
+    Variant::Avx512Vnni.kernels().map(|_| Kernels { ..avx2_vnni_512::KERNELS })
+}
+
 #[cfg(target_arch = "x86_64")]
 fn is_amd() -> bool {
     let maker = std::arch::x86_64::__cpuid(0);
@@ -916,21 +922,21 @@ macro_rules! instruction_set {
 
             pub const fn table(unprefetched_rows: usize, pairs: bool) -> Kernels {
                 Kernels {
-                variant: $variant,
-                int_rows: <$simd>::INT_ROWS,
-                float_rows: <$simd>::FLOAT_ROWS,
-                unprefetched_rows,
+                    variant: $variant,
+                    int_rows: <$simd>::INT_ROWS,
+                    float_rows: <$simd>::FLOAT_ROWS,
+                    unprefetched_rows,
                     pairs,
                     paired_rows: <$simd>::PAIRED_ROWS,
-                tiles: select,
-                quantize: quantize_row,
-                norm: norm_row,
-                silu: silu_row,
-                rotate: rotate_head,
-                attend,
-                merge: merge_part,
-                finish: finish_total,
-                read: read_bytes,
+                    tiles: select,
+                    quantize: quantize_row,
+                    norm: norm_row,
+                    silu: silu_row,
+                    rotate: rotate_head,
+                    attend,
+                    merge: merge_part,
+                    finish: finish_total,
+                    read: read_bytes,
                 }
             }
 
@@ -955,6 +961,15 @@ instruction_set!(
     super::super::simd::avx2::Avx2Vnni,
     Variant::Avx2Vnni,
     ["avx2,fma,f16c,avxvnni"],
+    [1 2 3 4 5],
+    [1 2 3]
+);
+instruction_set!(
+    #[cfg(all(test, target_arch = "x86_64"))]
+    avx2_vnni_512,
+    super::super::simd::avx2::Avx2VnniOf512,
+    Variant::Avx2Vnni,
+    ["avx2,fma,f16c,avx512f,avx512vl,avx512vnni"],
     [1 2 3 4 5],
     [1 2 3]
 );

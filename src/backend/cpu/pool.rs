@@ -27,7 +27,7 @@ type Job<'a> = &'a (dyn Fn(&Worker) + Sync);
 
 struct State {
     n: usize,
-    /// Number of the current job; odd while it runs.
+    /// Number of the current job.
     epoch: AtomicUsize,
     job: UnsafeCell<Option<Job<'static>>>,
     stop_asked: AtomicBool,
@@ -256,6 +256,14 @@ impl Pool {
     }
 }
 
+#[cfg(test)]
+impl Pool {
+    /// Barriers that its jobs have passed.
+    pub fn barriers(&self) -> usize {
+        self.state.passed.0.load(Ordering::Relaxed) >> 1
+    }
+}
+
 impl Drop for Pool {
     fn drop(&mut self) {
         self.state.shutdown.store(true, Ordering::Release);
@@ -339,6 +347,39 @@ mod tests {
                     });
                 });
                 assert!(counts.iter().all(|c| c.load(Ordering::Relaxed) == 3), "{n} by {grain} on {threads}");
+            }
+        }
+    }
+
+    /// Few pieces of a share, and the last ones short.
+    #[test]
+    fn halves_end_in_short_pieces() {
+        let pieces = |len| (0..6).map(|i| By::Halves.piece(len, i)).collect::<Vec<_>>();
+        assert_eq!(pieces(16), [0..8, 8..12, 12..14, 14..16, 16..16, 16..16]);
+        assert_eq!(pieces(3), [0..2, 2..3, 3..3, 3..3, 3..3, 3..3]);
+    }
+
+    /// Who has no work sleeps, until there is some.
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn threads_without_work_sleep() {
+        let mut pool = Pool::new(3).unwrap();
+        for _ in 0..3 {
+            let tasks = std::sync::Mutex::new(Vec::new());
+            pool.run(&|w: &Worker| {
+                if w.index > 0 {
+                    let task = std::fs::read_link("/proc/thread-self").unwrap();
+                    tasks.lock().unwrap().push(std::path::Path::new("/proc").join(task).join("stat"));
+                }
+            });
+            for task in tasks.into_inner().unwrap() {
+                // The state is what follows the name in brackets: S while it sleeps, R while it spins or yields.
+                let sleeps = || std::fs::read_to_string(&task).unwrap().rsplit(") ").next().unwrap().starts_with('S');
+                let is_asleep = (0..10_000).any(|_| {
+                    std::thread::sleep(Duration::from_millis(2));
+                    sleeps()
+                });
+                assert!(is_asleep, "{} is awake", task.display());
             }
         }
     }

@@ -16,13 +16,18 @@ use super::store::{Cache, Granules, Parts, Rows};
 use crate::backend::CacheType;
 use crate::backend::testing::{Noise, weights};
 use crate::checkpoint::TensorView;
+use crate::model::RopePairs;
 use crate::tensor::{DType, dequantize_row};
 
-/// Of each instruction set that this CPU has, in all the ways in which some make of CPU uses them.
+/// Of each instruction set that this CPU has, in all the ways in which some make of CPU uses them; those of AVX-VNNI also where only
+/// AVX-512 has its instructions.
 fn all_kernels() -> Vec<Kernels> {
     let all: Vec<_> = Variant::ALL.into_iter().filter_map(Variant::kernels).collect();
     assert_eq!(all.last().map(|k| k.variant), Some(Variant::Plain));
-    all.into_iter().flat_map(Kernels::all_ways).collect()
+    let all = all.into_iter().flat_map(Kernels::all_ways);
+    #[cfg(target_arch = "x86_64")]
+    let all = all.chain(super::kernels::avx2_vnni_as_avx512());
+    all.collect()
 }
 
 fn prepare_one(tensor: &TensorView, prefer_ggml: bool) -> Matrix {
@@ -81,7 +86,7 @@ fn quantized(x: &[f32]) -> Vec<f64> {
         .collect()
 }
 
-const ROWS: [usize; 13] = [1, 2, 3, 4, 5, 6, 7, 8, 12, 13, 16, 17, 25];
+const ROWS: [usize; 15] = [1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 13, 16, 17, 21, 25];
 
 fn shapes(dtype: DType) -> Vec<(usize, usize)> {
     let block = dtype.block_len();
@@ -127,48 +132,133 @@ fn packed_rows_are_the_stored_rows() {
     }
 }
 
+/// Rows of a tensor as (weight, the sum of absolute values that a kernel adds up for it): where a type has minima, these are summed apart
+/// from the products that they offset.
+fn weights_and_sizes(dtype: DType, n_in: usize, data: &[u8]) -> Vec<Vec<(f64, f64)>> {
+    let from = match dtype {
+        DType::Q4_1 => 4,
+        DType::Q4_K | DType::Q5_K => 16,
+        _ => 0,
+    };
+    let row_bytes = dtype.row_bytes(n_in).unwrap();
+    data.chunks(row_bytes)
+        .map(|row| {
+            let (mut w, mut minima) = (vec![0.0; n_in], vec![0.0; n_in]);
+            dequantize_row(dtype, row, &mut w);
+            if from > 0 {
+                let mut row = row.to_vec();
+                row.chunks_mut(dtype.block_bytes()).for_each(|block| block[from..].fill(0));
+                dequantize_row(dtype, &row, &mut minima);
+            }
+            let both = w.iter().zip(&minima).map(|(&w, &m)| (f64::from(w), f64::from(m)));
+            both.map(|(w, m)| (w, (w - m).abs() + m.abs())).collect()
+        })
+        .collect()
+}
+
 /// Own kernels: 2e-6 of the sum of absolute products, given the activations as quantized; nothing but the order of f32 sums.
+fn check_exact(packing: Packing, tensor: &TensorView, x: &[Vec<f32>]) {
+    let (n_out, n_in) = (tensor.shape[0], tensor.shape[1]);
+    let matrix = prepare_one(tensor, false);
+    let w = weights_and_sizes(packing.dtype(), n_in, &tensor.data);
+    let exact: Vec<Vec<f64>> = x
+        .iter()
+        .map(|x| if packing.is_float() { x.iter().map(|&x| f64::from(x)).collect() } else { quantized(x) })
+        .collect();
+    for kernels in &all_kernels() {
+        let found = multiply(kernels, &matrix, x);
+        for row in 0..x.len() {
+            for o in 0..n_out {
+                let (mut sum, mut size) = (0.0, 0.0);
+                w[o].iter().zip(&exact[row]).for_each(|(w, x)| (sum, size) = (sum + w.0 * x, size + w.1 * x.abs()));
+                let error = (f64::from(found[row][o]) - sum).abs();
+                assert!(
+                    error <= 2e-6 * size + 1e-30,
+                    "{} {packing:?} {n_out}x{n_in}, row {row} of {}, output {o}: {} for {sum}, size {size}",
+                    kernels.variant,
+                    x.len(),
+                    found[row][o]
+                );
+            }
+        }
+    }
+}
+
 #[test]
 fn own_kernels_are_exact_but_for_rounding() {
     let mut noise = Noise(1);
     for packing in Packing::ALL {
-        let dtype = packing.dtype();
-        for (n_out, n_in) in shapes(dtype) {
-            let tensor = weights(dtype, n_out, n_in, &mut noise);
-            let matrix = prepare_one(&tensor, false);
-            let mut w = vec![vec![0.0; n_in]; n_out];
-            let row_bytes = tensor.data.len() / n_out;
-            w.iter_mut().zip(tensor.data.chunks(row_bytes)).for_each(|(w, b)| dequantize_row(dtype, b, w));
+        for (n_out, n_in) in shapes(packing.dtype()) {
+            let tensor = weights(packing.dtype(), n_out, n_in, &mut noise);
             for rows in ROWS {
-                let x = inputs(rows, n_in, &mut noise);
-                let exact: Vec<Vec<f64>> = x
-                    .iter()
-                    .map(|x| if packing.is_float() { x.iter().map(|&x| f64::from(x)).collect() } else { quantized(x) })
-                    .collect();
-                for kernels in &all_kernels() {
-                    let found = multiply(kernels, &matrix, &x);
-                    for row in 0..rows {
-                        for o in 0..n_out {
-                            let products = w[o].iter().zip(&exact[row]).map(|(&w, x)| f64::from(w) * x);
-                            let (mut sum, mut size) = (0.0, 0.0);
-                            products.for_each(|p| (sum, size) = (sum + p, size + p.abs()));
-                            // Minima of K-quants and Q4_1 are summed apart from the products they offset.
-                            let offset = if packing.is_float() {
-                                0.0
-                            } else {
-                                60.0 * exact[row].iter().map(|x| x.abs()).sum::<f64>()
-                            };
-                            let error = (f64::from(found[row][o]) - sum).abs();
-                            assert!(
-                                error <= 2e-6 * (size + offset) + 1e-30,
-                                "{} {packing:?} {n_out}x{n_in}, row {row} of {rows}, output {o}: {} for {sum}, size {size}",
-                                kernels.variant,
-                                found[row][o]
-                            );
-                        }
+                check_exact(packing, &tensor, &inputs(rows, n_in, &mut noise));
+            }
+        }
+    }
+}
+
+/// The largest sums that integers of any width may come to: no instruction's are too narrow for them, and none saturates.
+#[test]
+fn the_largest_sums_fit() {
+    let mut noise = Noise(8);
+    for packing in Packing::ALL.into_iter().filter(|packing| !packing.is_float()) {
+        let dtype = packing.dtype();
+        let n_in = 5 * dtype.block_len();
+        // Quants and 6-bit scales of all ones, of all zeros, and of the largest and smallest signed bytes.
+        for fill in [0xff, 0, 0x7f, 0x80] {
+            let mut tensor = weights(dtype, 17, n_in, &mut noise);
+            let mut bytes = tensor.data.to_vec();
+            for block in bytes.chunks_mut(dtype.block_bytes()) {
+                let scales = crate::backend::testing::scales(dtype);
+                for at in 0..block.len() {
+                    if !scales.iter().any(|&scale| (scale..scale + 2).contains(&at)) {
+                        block[at] = fill;
                     }
                 }
             }
+            tensor = TensorView::of_bytes("weights", dtype, tensor.shape, bytes);
+            let signs: [fn(usize) -> f32; 4] = [
+                |_| 1.0,
+                |_| -1.0,
+                |i| if i % 2 == 0 { 1.0 } else { -1.0 },
+                |i| if i / 16 % 2 == 0 { -1.0 } else { 1.0 },
+            ];
+            let x: Vec<Vec<f32>> = signs.iter().map(|sign| (0..n_in).map(sign).collect()).collect();
+            check_exact(packing, &tensor, &x);
+        }
+    }
+}
+
+/// Slabs and threads only divide the work of packing.
+#[test]
+fn packing_does_not_depend_on_threads() {
+    let mut noise = Noise(9);
+    // Of several slabs; of one, on threads; of less than they are started for. The last tile of each is not full.
+    for (packing, n_out, n_in) in [(Packing::Q8_0, 16500, 1024), (Packing::Q4_K, 1000, 1024), (Packing::Q4_0, 50, 64)] {
+        let tensor = weights(packing.dtype(), n_out, n_in, &mut noise);
+        let packed = |n_threads| {
+            let mut arena = Arena::new("the weights", packing.bytes(n_out, n_in)).unwrap();
+            pack_matrix(&tensor, packing, arena.bytes_mut(), n_threads);
+            arena
+        };
+        let alone = packed(1);
+        let row = |arena: &Arc<Arena>, r: usize| {
+            let mut row = vec![0.0; n_in];
+            Matrix::packed(packing, n_out, n_in, arena.clone(), 0).row(r, &mut row);
+            row
+        };
+        let arena = Arc::new(alone);
+        for r in [0, n_out / 2, n_out - 1] {
+            let mut expected = vec![0.0; n_in];
+            let row_bytes = tensor.data.len() / n_out;
+            dequantize_row(packing.dtype(), &tensor.data[r * row_bytes..][..row_bytes], &mut expected);
+            let close = |(e, f): (&f32, &f32)| (e - f).abs() <= 1e-5 * e.abs();
+            assert!(expected.iter().zip(&row(&arena, r)).all(close), "{packing:?}, row {r}");
+        }
+        let mut alone = Arc::into_inner(arena).expect("nobody else has it");
+        for n_threads in [2, 7] {
+            let mut other = packed(n_threads);
+            assert!(alone.bytes_mut() == other.bytes_mut(), "{packing:?} on {n_threads} threads");
         }
     }
 }
@@ -297,6 +387,52 @@ fn norms_and_activations() {
                 let expected = f64::from(wide[i]) / (1.0 + (-f64::from(wide[i])).exp()) * f64::from(w[i]);
                 let error = (f64::from(found[i]) - expected).abs();
                 assert!(error <= 1e-6 * expected.abs() + 1e-30, "{}: silu({}) {}", kernels.variant, wide[i], found[i]);
+            }
+        }
+    }
+}
+
+/// Heads are turned, and parts of a context put together, as the formulas say.
+#[test]
+fn rotations_and_merged_parts() {
+    let mut noise = Noise(10);
+    for kernels in &all_kernels() {
+        for dim in [2, 6, 16, 24, 64, 100, 128] {
+            let mut floats = |n: usize| -> Vec<f32> { (0..n).map(|_| noise.float()).collect() };
+            let (head, rope) = (floats(dim), floats(dim));
+            let half = dim / 2;
+            for pairs in [RopePairs::Halves, RopePairs::Adjacent] {
+                let mut found = head.clone();
+                // SAFETY: these kernels are this CPU's.
+                unsafe { (kernels.rotate)(&mut found, &rope, pairs) };
+                for i in 0..half {
+                    let (a, b) = if pairs == RopePairs::Halves { (i, i + half) } else { (2 * i, 2 * i + 1) };
+                    let [x, y, cos, sin] = [head[a], head[b], rope[i], rope[half + i]].map(f64::from);
+                    for (at, expected) in [(a, x * cos - y * sin), (b, y * cos + x * sin)] {
+                        let error = (f64::from(found[at]) - expected).abs();
+                        assert!(error <= 2e-7, "{} {pairs:?} of {dim}, element {at}", kernels.variant);
+                    }
+                }
+            }
+            // Largest scores that rise, fall and are equal; parts in which nothing was seen, at first and later.
+            let maxima = [f32::NEG_INFINITY, 1.5, -3.0, f32::NEG_INFINITY, 20.25, 20.25, -150.0];
+            let width = padded(dim);
+            let parts: Vec<(f32, f32, Vec<f32>)> =
+                maxima.iter().map(|&max| (max, 1.0 + floats(1)[0].abs(), floats(width))).collect();
+            let mut total = vec![f32::NAN; width + 2];
+            attention::begin(&mut total);
+            let mut found = vec![f32::NAN; dim];
+            // SAFETY: these kernels are this CPU's.
+            unsafe {
+                parts.iter().for_each(|(max, sum, acc)| (kernels.merge)(&mut total, *max, *sum, acc));
+                (kernels.finish)(&total, &mut found);
+            }
+            let weight = |max: f32| (f64::from(max) - 20.25).exp2();
+            let sum: f64 = parts.iter().map(|(max, sum, _)| weight(*max) * f64::from(*sum)).sum();
+            for d in 0..dim {
+                let values = parts.iter().map(|(max, _, acc)| weight(*max) * f64::from(acc[d])).sum::<f64>();
+                let error = (f64::from(found[d]) - values / sum).abs();
+                assert!(error <= 1e-6, "{}: {dim}, element {d}: {}", kernels.variant, found[d]);
             }
         }
     }
@@ -529,6 +665,7 @@ fn exponentials() {
         }
         if Variant::Avx2.kernels().is_some() {
             check::<super::simd::avx2::Avx2>();
+            check::<super::simd::avx2::Avx2Vnni>(); // whose own instructions are none of these
         }
     }
     #[cfg(target_arch = "aarch64")]

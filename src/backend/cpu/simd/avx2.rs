@@ -13,6 +13,11 @@ pub struct Avx2;
 #[derive(Clone, Copy)]
 pub struct Avx2Vnni;
 
+/// The same with the instructions of AVX-512 VL and VNNI, which do the same: for tests.
+#[cfg(test)]
+#[derive(Clone, Copy)]
+pub struct Avx2VnniOf512;
+
 /// A sum that the compiler may not see through: it would gather the additions of one row, for integers may be added in any order, and
 /// move the products of the others to the stack until then.
 #[inline]
@@ -189,36 +194,44 @@ pub(super) unsafe fn sum_i8(p: *const i8) -> i32 {
     _mm_cvtsi128_si32(_mm_add_epi32(halves, _mm_unpackhi_epi64(halves, halves))) - 16 * 128
 }
 
-avx2! {
-    Avx2Vnni,
-    _mm256_dpwssd_avx_epi32,
-    type P = __m256i;
+macro_rules! avx2_vnni {
+    ($name:ident, $dot:ident, $dot_pairs:ident) => {
+        avx2! {
+            $name,
+            $dot_pairs,
+            type P = __m256i;
 
-    #[inline(always)]
-    unsafe fn begin(zero: i32) -> __m256i {
-        Self::splat_i(zero)
-    }
-    #[inline(always)]
-    unsafe fn carry(sum: __m256i, carried: __m256i) -> (__m256i, __m256i) {
-        (sum, carried)
-    }
-    #[inline(always)]
-    unsafe fn end(sum: __m256i, _carried: __m256i, _zero: i32) -> __m256i {
-        sum
-    }
-    #[inline(always)]
-    unsafe fn dot(sum: __m256i, w: __m256i, x: i32) -> __m256i {
-        _mm256_dpbusd_avx_epi32(sum, w, _mm256_set1_epi32(x))
-    }
-    #[inline(always)]
-    unsafe fn biased_start(zero: i32) -> __m256i {
-        _mm256_set1_epi32(zero)
-    }
-    #[inline(always)]
-    unsafe fn dot_biased(sum: __m256i, w: __m256i, x: i32) -> __m256i {
-        Self::dot(sum, w, x)
-    }
+            #[inline(always)]
+            unsafe fn begin(zero: i32) -> __m256i {
+                Self::splat_i(zero)
+            }
+            #[inline(always)]
+            unsafe fn carry(sum: __m256i, carried: __m256i) -> (__m256i, __m256i) {
+                (sum, carried)
+            }
+            #[inline(always)]
+            unsafe fn end(sum: __m256i, _carried: __m256i, _zero: i32) -> __m256i {
+                sum
+            }
+            #[inline(always)]
+            unsafe fn dot(sum: __m256i, w: __m256i, x: i32) -> __m256i {
+                $dot(sum, w, _mm256_set1_epi32(x))
+            }
+            #[inline(always)]
+            unsafe fn biased_start(zero: i32) -> __m256i {
+                _mm256_set1_epi32(zero)
+            }
+            #[inline(always)]
+            unsafe fn dot_biased(sum: __m256i, w: __m256i, x: i32) -> __m256i {
+                Self::dot(sum, w, x)
+            }
+        }
+    };
 }
+
+avx2_vnni!(Avx2Vnni, _mm256_dpbusd_avx_epi32, _mm256_dpwssd_avx_epi32);
+#[cfg(test)]
+avx2_vnni!(Avx2VnniOf512, _mm256_dpbusd_epi32, _mm256_dpwssd_epi32);
 
 avx2! {
     Avx2,
