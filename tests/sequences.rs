@@ -337,6 +337,33 @@ fn threads_and_the_shape_of_heads_change_nothing() {
     }
 }
 
+/// Beyond 8,192 positions a context's parts are longer than before. A pass may hold rows of either length, and steps, whose contexts
+/// threads share, compute what such a pass does.
+#[test]
+fn long_contexts_change_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let narrow = tempfile::tempdir().unwrap();
+    let path = one_layer(&named("llama-cswa-k4-w5-c6").path, folder.path());
+    let path = one_key_head(&path, narrow.path());
+    let tokens: Vec<i32> = (0..8_200).map(|i| i * 53 % 127).collect();
+    for kind in [CacheType::F32, CacheType::F16] {
+        let o = SessionOptions { cache_type: kind, ..options(8_200, 1) };
+        let new = || Session::new(load(&path, BackendKind::Cpu), &o).unwrap();
+        let (mut steps, mut prompt) = (new(), new());
+        steps.prefill(0, &tokens[..8_188]).unwrap();
+        tokens[8_188..].iter().for_each(|&token| steps.step(0, token).unwrap());
+        prompt.prefill(0, &tokens[..8_180]).unwrap();
+        prompt.prefill(0, &tokens[8_180..]).unwrap();
+        assert!(prompt.logits(0).unwrap() == steps.logits(0).unwrap(), "{kind:?}: steps differ from a prompt");
+        if kind == CacheType::F32 {
+            let mut reference = Session::new(load(&path, BackendKind::Reference), &o).unwrap();
+            reference.prefill(0, &tokens).unwrap();
+            let d = difference(steps.logits(0).unwrap(), reference.logits(0).unwrap());
+            assert!(d < rounding(), "differs from the reference by {d:e}");
+        }
+    }
+}
+
 #[test]
 fn a_call_cancelled_at_a_drop_changes_nothing() {
     let g = named("llama-cswa-k2-w16-c32");
