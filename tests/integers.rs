@@ -109,9 +109,12 @@ fn company_changes_nothing() {
     });
 }
 
+/// The bounds are a little above what rounding activations to int8 makes of these weights: 3.2e-2, and 5.1e-2 where ggml rounds them, with
+/// one scale for 256 of them.
 #[test]
 fn logits_are_the_references() {
     let tokens = tokens();
+    let bound = if std::env::var("PHD_CPU_VARIANT").is_ok_and(|v| v == "ggml") { 0.08 } else { 0.05 };
     each(|path, cache_type, what| {
         let run = |backend| -> Vec<Vec<f32>> {
             let mut s = Session::new(load(path, backend), &options(2, cache_type)).unwrap();
@@ -124,8 +127,7 @@ fn logits_are_the_references() {
         };
         for (i, (found, expected)) in run(BackendKind::Cpu).iter().zip(&run(BackendKind::Reference)).enumerate() {
             let d = difference(found, expected);
-            println!("{what}: {i} {d:.4}");
-            assert!(d < 0.05, "{what}: logits {i} differ by {d}");
+            assert!(d < bound, "{what}: logits {i} differ by {d}");
         }
     });
 }
