@@ -4,8 +4,8 @@
     bench/compare.py --llama LLAMA_BIN_FOLDER [--threads 2] [--rounds 3] [--prompt 512] MODEL.gguf ...
 
 LLAMA_BIN_FOLDER holds llama-bench and llama-batched-bench, built natively for this machine. One round times llama.cpp's prefill and
-decode (llama-bench), its steps of 1, 2, 3, 4 and 8 rows (as many sequences), then libphd's prefill and decode, its steps at K = 1, 2, 3, 4 and 8, and 1 to 32
-sequences that decode together with K = 1; rounds alternate, so that both meet the same disturbances.
+decode (llama-bench), its steps of 1, 2, 3, 4 and 8 rows (as many sequences), then libphd's prefill and decode on the CPU, its steps at
+K = 1, 2, 3, 4 and 8, and 1 to 32 sequences that decode together with K = 1; rounds alternate, so that both meet the same disturbances.
 """
 import argparse
 import json
@@ -39,21 +39,15 @@ def main():
                 out = json.loads(run([f"{args.llama}/llama-bench", "-m", model, "-o", "json"] + sizes + threads))
                 what["llama"].append(out[0]["avg_ts"])
             counts = ",".join(map(str, rows))
-            out = run(
-                [f"{args.llama}/llama-batched-bench", "-m", model, "-c", "4096", "-npp", "64", "-ntg", "24", "-npl", counts + ",16,32",
-                 "--output-format", "jsonl"] + threads
-            )
+            sizes = ["-c", "4096", "-npp", "64", "-ntg", "24", "-npl", counts + ",16,32"]
+            out = run([f"{args.llama}/llama-batched-bench", "-m", model, "--output-format", "jsonl"] + sizes + threads)
             for line in filter(lambda l: l.startswith("{"), out.splitlines()):
                 result = json.loads(line)
                 step.setdefault(("llama", result["pl"]), []).append(1e3 * result["t_tg"] / result["tg"])
-            out = json.loads(
-                run([args.phd, "bench", model, "--prompt", str(args.prompt), "--prefills", "1", "--decode", "0", "--context", "64", "--copies-list",
-                     counts, "--steps", "24", "--json"] + threads)
-            )
-            batches = json.loads(
-                run([args.phd, "bench", model, "--prompt", "0", "--decode", "48", "--context", "64", "--copies-list", "1", "--sequences",
-                     ",".join(map(str, together)), "--steps", "24", "--json"] + threads)
-            )
+            phd = [args.phd, "bench", model, "--backend", "cpu", "--context", "64", "--steps", "24", "--json"] + threads
+            out = json.loads(run(phd + ["--prompt", str(args.prompt), "--prefills", "1", "--decode", "0", "--copies-list", counts]))
+            sizes = ["--copies-list", "1", "--sequences", ",".join(map(str, together))]
+            batches = json.loads(run(phd + ["--prompt", "0", "--decode", "48"] + sizes))
             for t in batches["together"]:
                 batch.setdefault(t["sequences"], []).append(t["ms"])
             variant = out["backend"]
@@ -62,11 +56,12 @@ def main():
             decode["phd"].append(batches["decode"][0]["tokens_per_second"])
             for s in out["steps"]:
                 step.setdefault(("phd", s["copies"]), []).append(s["ms"])
-        (ours, theirs), (our_decode, their_decode) = ([statistics.median(figure[who]) for who in ("phd", "llama")] for figure in (prefill, decode))
-        print(f"\n**{os.path.basename(model)}**, {variant}, {args.threads} threads, memory reads at {statistics.median(gb_per_second):.0f} GB/s\n")
-        print(f"| | libphd | llama.cpp | ratio |\n| --- | --- | --- | --- |")
-        print(f"| prefill of {args.prompt}, tok/s | {ours:.0f} | {theirs:.0f} | {ours / theirs:.2f} |")
-        print(f"| decode of 48 at K = 1, tok/s | {our_decode:.0f} | {their_decode:.0f} | {our_decode / their_decode:.2f} |")
+        reads = statistics.median(gb_per_second)
+        print(f"\n**{os.path.basename(model)}**, {variant}, {args.threads} threads, memory reads at {reads:.0f} GB/s\n")
+        print("| | libphd | llama.cpp | ratio |\n| --- | --- | --- | --- |")
+        for what, figure in [(f"prefill of {args.prompt}", prefill), ("decode of 48 at K = 1", decode)]:
+            ours, theirs = (statistics.median(figure[who]) for who in ("phd", "llama"))
+            print(f"| {what}, tok/s | {ours:.0f} | {theirs:.0f} | {ours / theirs:.2f} |")
         first = {who: statistics.median(step[who, 1]) for who in ("phd", "llama")}
         for n in rows:
             ours, theirs = (statistics.median(step[who, n]) for who in ("phd", "llama"))
@@ -80,4 +75,5 @@ def main():
             print(f"| {n} sequence{'s' if n > 1 else ''} decoding, tok/s | {ours:.0f} | {theirs:.0f} | {ours / theirs:.2f} |", flush=True)
 
 
-main()
+if __name__ == "__main__":
+    main()
