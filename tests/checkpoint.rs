@@ -11,8 +11,9 @@ use std::path::Path;
 use allocations::LARGEST;
 use common::{difference, golden};
 use gguf::{Tensor, Value};
+use phd::Error;
 use phd::checkpoint::{Checkpoint, OpenOptions};
-use phd::model::{LoadOptions, Model};
+use phd::model::{BackendKind, LoadOptions, Model};
 use phd::session::{CacheType, Session, SessionOptions};
 
 const LLAMA: [(&str, Value<'static>); 9] = [
@@ -102,6 +103,42 @@ fn a_gguf_file_computes_what_the_hub_folder_computes() {
         session.prefill(0, &g.tokens).unwrap();
         let found = difference(session.logits(0).unwrap(), g.logits.last().unwrap());
         assert!(found < 2e-5, "{found:e}");
+    }
+}
+
+/// Reading and repacking both say how far they are, and stop when they are told to, whenever that is.
+#[test]
+fn loading_reports_how_far_it_is_and_stops_when_told() {
+    /// What is done when the files are read, and repacking begins.
+    const READ: f32 = 0.3;
+    let load = |path: &Path, stop_at: Option<usize>| {
+        let mut fractions = Vec::new();
+        let mut progress = |fraction| {
+            fractions.push(fraction);
+            Some(fractions.len() - 1) != stop_at
+        };
+        let options = LoadOptions { backend: BackendKind::Cpu, progress: Some(&mut progress), ..Default::default() };
+        let loaded = Model::load(path, options);
+        (loaded, fractions)
+    };
+    let folders = [common::demo_model(), common::root().join("tests/data/golden/llama-phd-k2")];
+    for path in folders {
+        let (model, fractions) = load(&path, None);
+        let n_layers = model.unwrap().desc().n_layers;
+        assert!(fractions.is_sorted(), "{fractions:?}");
+        assert_eq!((fractions[0], fractions.last()), (0.0, Some(&1.0)), "{fractions:?}");
+        assert!(fractions.contains(&READ), "{fractions:?}");
+        let mut repacking: Vec<f32> = fractions.iter().copied().filter(|f| (READ..1.0).contains(f)).collect();
+        repacking.dedup();
+        // A layer has seven matrices, one after the other; the table is the last.
+        assert!(repacking.len() > 7 * n_layers, "{repacking:?}");
+        let widest = repacking.windows(2).map(|pair| pair[1] - pair[0]).fold(1.0 - repacking.last().unwrap(), f32::max);
+        assert!(widest < 0.2, "{repacking:?}");
+        for stop_at in 0..fractions.len() {
+            let (model, until) = load(&path, Some(stop_at));
+            assert!(matches!(model, Err(Error::Cancelled)), "call {stop_at} of {}", fractions.len());
+            assert_eq!(until, fractions[..=stop_at]);
+        }
     }
 }
 
