@@ -179,6 +179,7 @@ impl Model {
         let checkpoint = Checkpoint::open(path, &OpenOptions { mmap: options.mmap })?;
         report(0.1)?;
         let tokenizer = tokenizer_of(&checkpoint)?;
+        give_back_memory(); // it is much, and weights are about to be there beside their file
         report(0.3)?;
         let (mut hyper, weights) = match &checkpoint.description {
             Description::Hub(files) => from_hub(&checkpoint, &files.config)?,
