@@ -227,7 +227,8 @@ fn libphd_is_compared_with_llama_cpp() {
     assert_eq!(calls.len(), 5 * ROUNDS);
     for round in calls.chunks(5) {
         assert_eq!(round[..3], expected);
-        assert!(round[3..].iter().all(|call| call.starts_with("phd bench ") && call.contains(" -t 1")), "{round:?}");
+        let begin = format!("phd bench {model} --backend cpu --context 64 --steps 24 --json -t 1 --prompt ");
+        assert!(round[3..].iter().all(|call| call.starts_with(&begin)), "{round:?}");
     }
 
     let said = std::fs::read_to_string(at("phd.said")).unwrap();
@@ -250,7 +251,7 @@ fn libphd_is_compared_with_llama_cpp() {
     assert_eq!(lines[3..5], ["| | libphd | llama.cpp | ratio |", "| --- | --- | --- | --- |"], "{text}");
 
     // What a row is of, both figures, and for steps both of one row; rates are better where they are higher, times where they are lower.
-    let mut rows: Vec<(String, f64, f64, Option<(f64, f64)>)> = vec![
+    let mut rows = vec![
         ("prefill of 16, tok/s".to_owned(), ours(0, "/prefill/0/tokens_per_second"), rate(0), None),
         ("decode of 48 at K = 1, tok/s".to_owned(), ours(1, "/decode/0/tokens_per_second"), rate(1), None),
     ];
@@ -288,15 +289,14 @@ fn libphd_is_compared_with_llama_cpp() {
         }
     }
 
-    // A program that fails, or is not there, is no figure.
-    let compare = |llama: &Path| {
-        let mut command = Command::new(root().join("bench/compare.py"));
-        command.arg("--llama").arg(llama).arg("--phd").arg(at("phd")).arg(demo_model()).output().unwrap()
-    };
+    // What a program said that failed is no figure.
     let failing = tempfile::tempdir().unwrap();
-    program(&failing.path().join("llama-bench"), "exit 3\n");
+    program(&failing.path().join("llama-bench"), "echo '[{\"avg_ts\": 1.0}]'\nexit 3\n");
+    prints_in_turn(&failing.path().join("llama-batched-bench"), &[batched(0)]);
     for llama in [failing.path(), Path::new("/no/such/folder")] {
-        let output = compare(llama);
+        let mut command = Command::new(root().join("bench/compare.py"));
+        command.arg("--llama").arg(llama).args(["--phd", env!("CARGO_BIN_EXE_phd"), "--rounds", "1", "--prompt", "16"]);
+        let output = command.arg(demo_model()).output().unwrap();
         assert!(!output.status.success() && output.stdout.is_empty(), "{}", llama.display());
     }
 }
