@@ -13,7 +13,7 @@ INCLUDEDIR ?= $(PREFIX)/include
 INSTALL := PREFIX='$(PREFIX)' LIBDIR='$(LIBDIR)' INCLUDEDIR='$(INCLUDEDIR)' DESTDIR='$(DESTDIR)' scripts/install.sh
 
 GO := cd bindings/go && PKG_CONFIG_PATH='$(CURDIR)/bindings/go/pkgconfig' go
-TESTS := test-rust test-cuda-emulated test-cpp test-installed test-go test-serve test-server test-web test-nginx test-kubernetes test-training
+TESTS := test-rust test-aarch64 test-cuda-emulated test-cpp test-installed test-go test-serve test-server test-web test-nginx test-kubernetes test-training
 
 .PHONY: test-cuda build demo demo-smollm2 serve serve-smollm2 server smollm2 test $(TESTS) lint setup setup-go setup-node install uninstall
 
@@ -41,6 +41,9 @@ test: $(TESTS)
 
 test-rust: build smollm2
 	cargo test --release
+
+test-aarch64: setup
+	tests/aarch64/run.sh
 
 test-cuda-emulated: build
 	tests/cuda/run.sh
