@@ -408,7 +408,7 @@ typedef struct phd_convert_params {
    */
   uint32_t flags;
   /*
-   0 = one per physical core.
+   0 = one per physical core that the process may use.
    */
   uint32_t n_threads;
   /*
@@ -439,7 +439,7 @@ typedef struct phd_session_params {
   uint32_t n_positions;
   uint32_t n_sequences;
   /*
-   0 = one per physical core.
+   0 = one per physical core that the process may use.
    */
   uint32_t n_threads;
   /*

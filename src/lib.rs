@@ -8,6 +8,7 @@ pub mod backend;
 pub mod cache;
 pub mod checkpoint;
 pub mod convert;
+mod cores;
 mod error;
 pub mod ffi;
 mod files;

@@ -14,6 +14,7 @@ use crate::stats::Stats;
 
 pub use crate::backend::CacheType;
 pub use crate::cache::Usage;
+pub use crate::cores::default_threads;
 
 #[derive(Clone, Debug)]
 pub struct SessionOptions {
@@ -939,12 +940,6 @@ fn check_tokens(tokens: impl Iterator<Item = i32>, n_vocab: usize) -> Result<(),
 /// Takes back the requests to cancel any of `parts`; whether there were any.
 fn use_up(flags: &[AtomicBool], parts: &[Part]) -> bool {
     parts.iter().filter(|p| flags[p.task.seq].swap(false, Ordering::AcqRel)).count() > 0
-}
-
-/// One thread for each physical core that affinity and the container's CPU quota leave to this process.
-pub fn default_threads() -> usize {
-    let allowed = std::thread::available_parallelism().map_or(1, |n| n.get());
-    allowed.min(num_cpus::get_physical()).max(1)
 }
 
 #[cfg(test)]

@@ -30,7 +30,7 @@ type ConvertOptions struct {
 	WeightType WeightType
 	Requantize bool   // weights that are quantized already may be quantized once more
 	Pure       bool   // no finer type for the output layer
-	NThreads   int    // 0: one per physical core
+	NThreads   int    // 0: one per physical core that the process may use
 	NoMmap     bool   // read the input whole instead of mapping it; a mapped file must not be truncated meanwhile
 	Pre        string // tokenizer.ggml.pre instead of what the folder's tokenizer.json says; for Convert
 

@@ -30,7 +30,7 @@ const (
 type SessionOptions struct {
 	NPositions int // the whole cache, in positions, shared by all sequences
 	NSequences int
-	NThreads   int // default: one per physical core
+	NThreads   int // default: one per physical core that the process may use
 	CacheType  CacheType
 	NRetained  int // texts that [Sequence.Retain] keeps at most; -1: none
 

@@ -28,7 +28,7 @@ pub struct Options<'a> {
     pub requantize: bool,
     /// No finer type for the output layer.
     pub pure: bool,
-    /// 0 = one per physical core.
+    /// 0 = one per physical core that this process may use.
     pub n_threads: usize,
     /// Map the input (it must then not be truncated meanwhile) or read it whole.
     pub mmap: bool,

@@ -2,6 +2,7 @@
 
 use super::{Source, Tensor};
 use crate::checkpoint::gguf_writer::Writer;
+use crate::cores::default_threads;
 use crate::error::{Error, Result, invalid, unsupported};
 use crate::tensor::{DType, dequantize_row, quantize_row};
 
@@ -41,9 +42,9 @@ struct Piece {
 }
 
 impl Converter {
-    /// 0 threads: one per physical core.
+    /// 0 threads: one per physical core that this process may use.
     pub fn new(n_threads: usize) -> Converter {
-        let n = if n_threads == 0 { num_cpus::get_physical() } else { n_threads };
+        let n = if n_threads == 0 { default_threads() } else { n_threads };
         Converter { pieces: (0..n.clamp(1, 256)).map(|_| Piece::default()).collect() }
     }
 

@@ -38,7 +38,7 @@ pub struct phd_convert_params {
     pub weight_type: u32,
     /// PHD_CONVERT_REQUANTIZE, PHD_CONVERT_PURE.
     pub flags: u32,
-    /// 0 = one per physical core.
+    /// 0 = one per physical core that the process may use.
     pub n_threads: u32,
     /// Read the input whole instead of mapping it. A mapped file must not be truncated meanwhile.
     pub no_mmap: u32,

@@ -54,7 +54,7 @@ pub struct phd_session_params {
     /// The whole cache, in positions, shared by all sequences.
     pub n_positions: u32,
     pub n_sequences: u32,
-    /// 0 = one per physical core.
+    /// 0 = one per physical core that the process may use.
     pub n_threads: u32,
     /// A phd_cache_type.
     pub cache_type: u32,

@@ -27,7 +27,7 @@ struct How {
     /// The same type for the output layer as for all others
     #[arg(long)]
     pure: bool,
-    /// Threads; 0 = one per physical core
+    /// Threads; 0 = one per physical core that the process may use
     #[arg(long, short = 't', default_value_t = 0)]
     threads: usize,
 }

@@ -79,7 +79,7 @@ struct Common {
     /// What computes
     #[arg(long, value_enum, default_value = "auto")]
     backend: Backend,
-    /// Threads; 0 = one per physical core
+    /// Threads; 0 = one per physical core that the process may use
     #[arg(long, short = 't', default_value_t = 0)]
     threads: usize,
     /// Type of cached keys and values
