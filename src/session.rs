@@ -238,11 +238,12 @@ impl Session {
         };
         let context = model.backend.clone().context(&context_options)?;
         log::info!(
-            "a session of {} positions in blocks of {} for {n_sequences} sequences, {:?} cache, {n_threads} threads",
+            "a session of {} positions in blocks of {} for {n_sequences} sequences, {:?} cache, {threads} threads",
             layout.n_positions,
             layout.block,
             options.cache_type,
             n_sequences = layout.n_sequences,
+            threads = context.threads(),
         );
         Ok(Session {
             // Sequences may share all their blocks.
@@ -283,6 +284,11 @@ impl Session {
             hidden: context.hidden,
             scratch: context.scratch + self.pool.bytes(),
         }
+    }
+
+    /// Threads that compute, the caller's among them: as many as were asked for, or as there are CPUs for.
+    pub fn threads(&self) -> usize {
+        self.context.threads()
     }
 
     pub fn usage(&self) -> Usage {

@@ -160,7 +160,7 @@ fn threads_stay_within_the_affinity() {
         let model = common::demo_model();
         let output = Command::new("taskset")
             .args(["-c", first, env!("CARGO_BIN_EXE_phd"), "bench", model.to_str().unwrap(), "--threads", asked])
-            .args(["--prompt", "8", "--context", "8", "--steps", "1", "--copies-list", "1", "--json"])
+            .args(["--backend", "cpu", "--prompt", "8", "--context", "8", "--steps", "1", "--copies-list", "1", "--json"])
             .output()
             .unwrap();
         let json: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();

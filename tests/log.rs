@@ -34,7 +34,10 @@ fn the_callback_hears_what_its_level_allows() {
         // SAFETY: valid arguments of the C contract; handles are freed once.
         unsafe {
             assert_eq!(phd_model_load(path.as_ptr(), null(), &mut model, null_mut()), phd_status::PHD_OK);
-            assert_eq!(phd_session_create(model, null(), &mut session, null_mut()), phd_status::PHD_OK);
+            let mut params: phd_session_params = std::mem::zeroed();
+            phd_session_params_init(&mut params, size_of::<phd_session_params>());
+            params.n_threads = 1024;
+            assert_eq!(phd_session_create(model, &params, &mut session, null_mut()), phd_status::PHD_OK);
             let many = vec![1; 3000];
             let full = phd_prefill(session, 0, many.as_ptr(), many.len(), null_mut());
             assert_eq!(full, phd_status::PHD_ERROR_CACHE_FULL);
@@ -54,7 +57,9 @@ fn the_callback_hears_what_its_level_allows() {
         lines.iter().any(|(_, line)| line.contains("kjv-phd-cswa-2-16-32") && line.contains("2 copies")),
         "{lines:?}"
     );
-    assert!(lines.iter().any(|(_, line)| line.contains("2048 positions")), "{lines:?}");
+    // Threads that were started, not those that were asked for.
+    let threads = format!(", {} threads", std::thread::available_parallelism().unwrap());
+    assert!(lines.iter().any(|(_, line)| line.contains("2048 positions") && line.ends_with(&threads)), "{lines:?}");
     assert_eq!(REENTRY.lock().unwrap().take(), Some(phd_status::PHD_ERROR_INVALID_ARGUMENT));
 
     assert_eq!(set(Some(note), phd_log_level::PHD_LOG_DEBUG as u32), phd_status::PHD_OK);

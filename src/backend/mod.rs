@@ -160,6 +160,10 @@ pub trait Context: Send {
     fn read_rows(&self, layer: usize, first: usize, rows: &mut [u8]) -> Result<()>;
     fn write_rows(&mut self, layer: usize, first: usize, rows: &[u8]) -> Result<()>;
     fn memory(&self) -> ContextMemory;
+    /// Threads of the CPU that carry out a pass, the caller's among them.
+    fn threads(&self) -> usize {
+        1
+    }
     /// How often the CPU's threads have waited for each other.
     #[cfg(test)]
     fn barriers(&self) -> usize {

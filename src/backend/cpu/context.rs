@@ -300,6 +300,10 @@ impl Context for CpuContext {
         Ok(())
     }
 
+    fn threads(&self) -> usize {
+        self.pool.threads()
+    }
+
     fn memory(&self) -> ContextMemory {
         let s = &self.step;
         let grids = [&s.logits, &s.embeddings, &s.x, &s.rope, &s.q, &s.k, &s.v, &s.attention, &s.gate, &s.up, &s.out];

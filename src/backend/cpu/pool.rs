@@ -224,6 +224,11 @@ impl Pool {
         Ok(pool)
     }
 
+    /// Those that were started, and the caller's.
+    pub fn threads(&self) -> usize {
+        self.threads.len() + 1
+    }
+
     /// Runs `job` on every thread at once.
     ///
     /// # Panics

@@ -155,11 +155,7 @@ impl Bench {
             }
             bar.inc(1);
         }
-        let threads = match self.common.threads {
-            0 => phd::session::default_threads(),
-            // As the backend has it: more would only wait for each other.
-            n => n.min(std::thread::available_parallelism().map_or(1, |n| n.get())),
-        };
+        let threads = all[0].session.threads();
         let mut rows = Vec::new();
         for &context in &contexts {
             for c in &mut all {
@@ -180,15 +176,7 @@ impl Bench {
                 let begin_with = turn % all.len();
                 let (last, first) = all.split_at_mut(begin_with);
                 for c in first.iter_mut().chain(last) {
-                    pause();
-                    let len = c.session.len(0)?;
-                    for i in 0..UNTIMED + TURN {
-                        let begin = Instant::now();
-                        c.session.step(0, tokens[len + i])?;
-                        if i >= UNTIMED {
-                            c.step_ms.push(begin.elapsed().as_secs_f64() * 1e3);
-                        }
-                    }
+                    take_turn(&mut c.session, &tokens, &mut c.step_ms)?;
                 }
             }
             let bandwidth = median(&mut bandwidths);
@@ -285,16 +273,7 @@ impl Bench {
             }
             for _ in 0..self.steps.div_ceil(TURN) {
                 for (_, session, ms) in &mut contenders {
-                    std::thread::sleep(PAUSE);
-                    for i in 0..UNTIMED + TURN {
-                        let len = session.len(0)?;
-                        let begin = Instant::now();
-                        let next = |seq| BatchEntry { seq, tokens: &tokens[len..len + 1], logits: Logits::Last };
-                        session.decode(&(0..n as i64).map(next).collect::<Vec<_>>())?;
-                        if i >= UNTIMED {
-                            ms.push(begin.elapsed().as_secs_f64() * 1e3);
-                        }
-                    }
+                    take_turn(session, tokens, ms)?;
                 }
             }
             for (copies, _, mut ms) in contenders {
@@ -303,6 +282,22 @@ impl Bench {
         }
         Ok(times)
     }
+}
+
+/// Steps of all sequences of a session, equally long, in one batch each.
+fn take_turn(session: &mut Session, tokens: &[i32], ms: &mut Vec<f64>) -> Result<(), Failure> {
+    std::thread::sleep(PAUSE);
+    for i in 0..UNTIMED + TURN {
+        let len = session.len(0)?;
+        let next = |seq| BatchEntry { seq, tokens: &tokens[len..len + 1], logits: Logits::Last };
+        let batch: Vec<_> = (0..session.options().n_sequences as i64).map(next).collect();
+        let begin = Instant::now();
+        session.decode(&batch)?;
+        if i >= UNTIMED {
+            ms.push(begin.elapsed().as_secs_f64() * 1e3);
+        }
+    }
+    Ok(())
 }
 
 struct Together {
