@@ -4,6 +4,8 @@ mod common;
 
 use std::process::{Command, Output};
 
+use serde_json::Value;
+
 fn phd(arguments: &[&str]) -> Output {
     let model = common::demo_model();
     let arguments = arguments.iter().map(|a| if *a == "MODEL" { model.to_str().unwrap() } else { a });
@@ -100,7 +102,7 @@ fn score_tells_k_2_from_k_1() {
         let mut arguments =
             vec!["score", "MODEL", file.to_str().unwrap(), "--segment", "256", "--cache", "f32", "--json"];
         arguments.extend(more);
-        let json: serde_json::Value = serde_json::from_str(&stdout(&arguments)).unwrap();
+        let json: Value = serde_json::from_str(&stdout(&arguments)).unwrap();
         assert_eq!(json["positions"], 4 * 255);
         json["mean_nll"].as_f64().unwrap()
     };
@@ -108,45 +110,114 @@ fn score_tells_k_2_from_k_1() {
     assert!((phd - 2.845).abs() < 0.02 && phd < vanilla - 0.002, "{phd} and {vanilla}");
 }
 
+/// Bytes of the matrices and of all tensors in a checkpoint's file, by its header.
+fn stored_bytes() -> (usize, usize) {
+    let bytes = std::fs::read(common::demo_model().join("model.safetensors")).unwrap();
+    let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let of = |n_dims: usize| {
+        let tensors = file.tensors().into_iter().map(|(_, tensor)| tensor);
+        tensors.filter(|t| t.shape().len() >= n_dims).map(|t| t.data().len()).sum()
+    };
+    (of(2), of(0))
+}
+
+fn is_same(found: f64, expected: f64) -> bool {
+    (found / expected - 1.0).abs() < 1e-9
+}
+
 #[test]
 fn info_and_bench_report() {
-    let info = stdout(&["info", "MODEL"]);
+    let info = stdout(&["info", "MODEL", "--backend", "cpu"]);
     assert!(info.contains("K = 2, W = 16, C = 32 (PHD-CSWA)") && info.contains("2.8 M"), "{info}");
     let timing = [
-        "bench",
-        "MODEL",
-        "--prompt",
-        "16",
-        "--prefills",
-        "1",
-        "--context",
-        "8,16",
-        "--steps",
-        "3",
-        "--copies-list",
-        "1,3",
-    ];
-    let json: serde_json::Value = serde_json::from_str(&stdout(&[&timing[..], &["--json"]].concat())).unwrap();
+        ["bench", "MODEL"],
+        ["--backend", "cpu"],
+        ["--threads", "1"],
+        ["--prompt", "16"],
+        ["--prefills", "1"],
+        ["--context", "8,16"],
+        ["--steps", "3"],
+        ["--copies-list", "1,3"],
+        ["--sequences", "1,2"],
+    ]
+    .concat();
+    let json: Value = serde_json::from_str(&stdout(&[&timing[..], &["--json"]].concat())).unwrap();
+    let backend = json["backend"].as_str().unwrap();
+    assert!(info.lines().any(|line| line.strip_prefix("backend ").is_some_and(|b| b.trim() == backend)), "{info}");
+    let variant = backend.strip_prefix("cpu (").and_then(|b| b.strip_suffix(')'));
+    assert!(variant.is_some_and(|v| phd::backend::cpu::variants().contains(&v)), "{backend}");
+    assert_eq!(json["threads"], 1);
+    // Embeddings are tied: the table is the head, which every pass reads. Norms are in the file beside the matrices.
+    let (matrices, all) = stored_bytes();
+    let weights = json["weight_bytes_per_pass"].as_u64().unwrap() as usize;
+    assert!(weights == matrices && weights < all, "{weights} of {matrices} in {all}");
+
+    let number = |of: &Value, field: &str| of[field].as_f64().unwrap_or_else(|| panic!("{field}: {of}"));
     for figure in ["prefill", "decode"] {
-        assert_eq!(json[figure][1]["copies"], 3);
-        let [ms, rate] = ["ms", "tokens_per_second"].map(|field| json[figure][1][field].as_f64().unwrap());
+        let timed = json[figure].as_array().unwrap();
+        assert_eq!(timed.iter().map(|t| t["copies"].as_u64().unwrap()).collect::<Vec<_>>(), [1, 3], "{figure}");
         let tokens = if figure == "prefill" { 16.0 } else { 1.0 };
-        assert!((ms * rate / (1e3 * tokens) - 1.0).abs() < 1e-9, "{figure}: {ms} ms, {rate} tok/s");
-    }
-    let steps = json["steps"].as_array().unwrap();
-    let of = |i: usize| (steps[i]["context"].as_u64().unwrap(), steps[i]["copies"].as_u64().unwrap());
-    assert_eq!((0..steps.len()).map(of).collect::<Vec<_>>(), [(8, 1), (8, 3), (16, 1), (16, 3)]);
-    for step in steps {
-        for field in ["ms", "ratio", "gb_per_second", "bandwidth_gb_per_second", "share_of_bandwidth"] {
-            assert!(step[field].as_f64().unwrap() > 0.0, "{field}: {step}");
+        for t in timed {
+            let ms = number(t, "ms");
+            assert!(ms > 0.0 && is_same(number(t, "tokens_per_second"), 1e3 * tokens / ms), "{figure}: {t}");
+            assert!(is_same(number(t, "ratio"), ms / number(&timed[0], "ms")), "{figure}: {t}");
         }
-        let [gb, bandwidth, share] = ["gb_per_second", "bandwidth_gb_per_second", "share_of_bandwidth"]
-            .map(|field| step[field].as_f64().unwrap());
-        assert!((share * bandwidth / gb - 1.0).abs() < 1e-9, "{step}");
+        assert_eq!(timed[0]["ratio"], 1.0, "{figure}");
     }
+
+    let steps = json["steps"].as_array().unwrap();
+    let of = |step: &Value| (step["context"].as_u64().unwrap(), step["copies"].as_u64().unwrap());
+    assert_eq!(steps.iter().map(of).collect::<Vec<_>>(), [(8, 1), (8, 3), (16, 1), (16, 3)]);
+    for step in steps {
+        let first = steps.iter().find(|s| s["context"] == step["context"]).unwrap();
+        let ms = number(step, "ms");
+        assert!(ms > 0.0 && is_same(number(step, "tokens_per_second"), 1e3 / ms), "{step}");
+        assert!(is_same(number(step, "ratio"), ms / number(first, "ms")), "{step}");
+        let [gb, bandwidth, share] =
+            ["gb_per_second", "bandwidth_gb_per_second", "share_of_bandwidth"].map(|field| number(step, field));
+        assert!(gb > 0.0 && bandwidth > 0.0 && is_same(share * bandwidth, gb), "{step}");
+    }
+    // A step reads the weights and the cached positions: their keys and values in f16 in six layers of two heads of 32 dimensions, and
+    // what pads a block.
+    let cached = |i: usize| number(&steps[i], "gb_per_second") * number(&steps[i], "ms") * 1e6 - weights as f64;
+    for (i, step) in steps.iter().enumerate() {
+        let rows = number(step, "context") * (6 * 2 * 2 * 32 * 2) as f64;
+        assert!((rows - 1.0..rows * 1.2).contains(&cached(i)), "{} of {rows}: {step}", cached(i));
+    }
+    for copies in 0..2 {
+        assert!(
+            (cached(2 + copies) / cached(copies) - 2.0).abs() < 1e-4,
+            "{} and {}",
+            cached(copies),
+            cached(2 + copies)
+        );
+    }
+
+    let together = json["together"].as_array().unwrap();
+    let of = |t: &Value| (t["sequences"].as_u64().unwrap(), t["copies"].as_u64().unwrap());
+    assert_eq!(together.iter().map(of).collect::<Vec<_>>(), [(1, 1), (1, 3), (2, 1), (2, 3)]);
+    for t in together {
+        let (ms, n) = (number(t, "ms"), number(t, "sequences"));
+        assert!(ms > 0.0 && is_same(number(t, "tokens_per_second"), 1e3 * n / ms), "{t}");
+    }
+
     let table = stdout(&timing);
-    assert!(table.contains(json["backend"].as_str().unwrap()) && table.contains("GB/s"), "{table}");
-    assert!(table.contains("a token of 48 from an empty cache"), "{table}");
+    assert!(table.contains(&format!("{backend}, 1 threads, 5.2 MiB of weights a pass")), "{table}");
+    assert!(table.contains("GB/s") && table.contains("a token of 48 from an empty cache, median of 1"), "{table}");
+    let (_, below) = table.split_once("sequences together, 8 positions each, median of 3 steps").unwrap();
+    // Of each row the tokens per second of 1 sequence, and of the first K, that its own are.
+    let rows: Vec<Vec<f64>> =
+        below.lines().skip(2).map(|line| line.split_whitespace().map(|n| n.parse().unwrap()).collect()).collect();
+    assert_eq!(rows.iter().map(|r| (r[0], r[1])).collect::<Vec<_>>(), [(1.0, 1.0), (1.0, 3.0), (2.0, 1.0), (2.0, 3.0)]);
+    for row in &rows {
+        for (found, other) in [(row[4], (1.0, row[1])), (row[5], (row[0], 1.0))] {
+            let other = rows.iter().find(|r| (r[0], r[1]) == other).unwrap()[3];
+            let over = row[3] / other;
+            // Printed with two digits, of rates that are printed with one.
+            let rounding = 0.0051 + over * 0.051 * (1.0 / row[3] + 1.0 / other);
+            assert!((found - over).abs() < rounding, "{found}, not {over}: {table}");
+        }
+    }
 }
 
 /// More threads than the process may use would only wait for each other, whatever is asked for.
@@ -160,17 +231,29 @@ fn threads_stay_within_the_affinity() {
         let model = common::demo_model();
         let output = Command::new("taskset")
             .args(["-c", first, env!("CARGO_BIN_EXE_phd"), "bench", model.to_str().unwrap(), "--threads", asked])
-            .args(["--backend", "cpu", "--prompt", "8", "--context", "8", "--steps", "1", "--copies-list", "1", "--json"])
+            .args([
+                "--backend",
+                "cpu",
+                "--prompt",
+                "8",
+                "--context",
+                "8",
+                "--steps",
+                "1",
+                "--copies-list",
+                "1",
+                "--json",
+            ])
             .output()
             .unwrap();
-        let json: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+        let json: Value = serde_json::from_slice(&output.stdout).unwrap();
         assert_eq!(json["threads"], 1, "asked for {asked}");
     }
 }
 
 #[test]
 fn bench_times_what_servers_wait_for() {
-    let json = |arguments: &[&str]| -> serde_json::Value {
+    let json = |arguments: &[&str]| -> Value {
         serde_json::from_str(&stdout(&[&["bench", "MODEL"], arguments, &["--json"]].concat())).unwrap()
     };
     let cancel = json(&["--prompt", "1500", "--cancel", "8"]);
