@@ -220,6 +220,53 @@ fn info_and_bench_report() {
     }
 }
 
+/// `PHD_CPU_VARIANT` forces one of what the system says the CPU has, and nothing else.
+#[cfg(target_os = "linux")]
+#[test]
+fn variants_are_the_cpu_s() {
+    let cpuinfo = std::fs::read_to_string("/proc/cpuinfo").unwrap();
+    let line = cpuinfo.lines().find(|line| line.starts_with("flags") || line.starts_with("Features")).unwrap();
+    let flags: Vec<&str> = line.split_once(':').unwrap().1.split_whitespace().collect();
+    let has = |all: &str| all.split(' ').all(|flag| flags.contains(&flag));
+    let all = [
+        ("avx512-vnni", has("avx2 fma f16c avx512f avx512bw avx512vl avx512_vnni")),
+        ("avx2-vnni", has("avx2 fma f16c avx_vnni")),
+        ("avx2", has("avx2 fma f16c")),
+        ("neon-dot", has("asimddp")),
+        ("plain", true),
+        ("ggml", cfg!(feature = "ggml")),
+    ];
+    let there: Vec<&str> = all.iter().filter(|(_, is_there)| *is_there).map(|(name, _)| *name).collect();
+    assert_eq!(phd::backend::cpu::variants(), there);
+
+    let info = |forced: Option<&str>| {
+        let mut program = Command::new(env!("CARGO_BIN_EXE_phd"));
+        program
+            .args(["info", common::demo_model().to_str().unwrap(), "--backend", "cpu"])
+            .env_remove("PHD_CPU_VARIANT");
+        program.envs(forced.map(|name| ("PHD_CPU_VARIANT", name))).output().unwrap()
+    };
+    let best = there[0];
+    let chosen = [(None, best), (Some(""), best)].into_iter();
+    // The model's weights are floats, which ggml's kernels are not for.
+    for (forced, runs) in chosen.chain(there.iter().map(|&name| (Some(name), if name == "ggml" { best } else { name })))
+    {
+        let output = info(forced);
+        let text = String::from_utf8_lossy(&output.stdout);
+        assert!(output.status.success(), "{forced:?}: {}", String::from_utf8_lossy(&output.stderr));
+        assert!(text.contains(&format!("backend      cpu ({runs})\n")), "{forced:?}: {text}");
+    }
+    let names = "expected ggml or one of avx512-vnni, avx2-vnni, avx2, neon-dot, plain";
+    let absent = all.iter().filter(|(name, is_there)| !is_there && *name != "ggml");
+    let refused: Vec<_> = absent.map(|(name, _)| (*name, format!("this CPU has no {name}"))).collect();
+    assert!(!refused.is_empty(), "no CPU has both x86's and ARM's");
+    for (forced, message) in refused.into_iter().chain([("nonsense", names.to_owned())]) {
+        let output = info(Some(forced));
+        let text = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.code() == Some(1) && text.contains(&message), "{forced}: {text}");
+    }
+}
+
 /// More threads than the process may use would only wait for each other, whatever is asked for.
 #[cfg(target_os = "linux")]
 #[test]

@@ -6,7 +6,7 @@ mod common;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use common::{demo_model, root, under_every_variant};
+use common::{check_variant, demo_model, root, under_every_variant};
 use phd::Model;
 use phd::model::{BackendKind, LoadOptions};
 use phd::session::{CacheType, Session, SessionOptions};
@@ -20,7 +20,11 @@ fn model_path() -> PathBuf {
 }
 
 fn load(backend: BackendKind) -> Arc<Model> {
-    Arc::new(Model::load(&model_path(), LoadOptions { backend, ..Default::default() }).unwrap())
+    let model = Model::load(&model_path(), LoadOptions { backend, ..Default::default() }).unwrap();
+    if backend == BackendKind::Cpu {
+        check_variant(&model);
+    }
+    Arc::new(model)
 }
 
 fn session(model: Arc<Model>) -> Session {

@@ -164,7 +164,33 @@ pub fn rounding() -> f32 {
 
 pub fn load(path: &Path, backend: BackendKind) -> Arc<Model> {
     let backend = if backend == BackendKind::Cpu && on_cuda() { BackendKind::Cuda } else { backend };
-    Arc::new(Model::load(path, LoadOptions { backend, ..Default::default() }).unwrap_or_else(|e| panic!("{e}")))
+    let model = Model::load(path, LoadOptions { backend, ..Default::default() }).unwrap_or_else(|e| panic!("{e}"));
+    if backend == BackendKind::Cpu {
+        check_variant(&model);
+    }
+    Arc::new(model)
+}
+
+/// The kernels that `PHD_CPU_VARIANT` forces.
+fn forced_variant() -> Option<String> {
+    std::env::var("PHD_CPU_VARIANT").ok().filter(|name| !name.is_empty())
+}
+
+/// Whether a model on the CPU is computed by the kernels that are forced, if any are.
+pub fn check_variant(model: &Model) {
+    let Some(forced) = forced_variant() else { return };
+    let name = model.backend_name();
+    let kernels =
+        name.strip_prefix("cpu (").and_then(|rest| rest.strip_suffix(')')).unwrap_or_else(|| panic!("{name}"));
+    let (variant, uses_ggml) = match kernels.strip_suffix(" and ggml") {
+        Some(variant) => (variant, true),
+        None => (kernels, false),
+    };
+    match forced.as_str() {
+        // It has none for float weights.
+        "ggml" => assert_eq!(uses_ggml, model.desc().dtypes.contains('Q'), "{name}: {}", model.desc().dtypes),
+        _ => assert_eq!(variant, forced, "{name}"),
+    }
 }
 
 /// `max |difference| / max |expected|`: how golden logits are compared.
@@ -180,10 +206,11 @@ pub fn argmax(logits: &[f32]) -> i32 {
 }
 
 /// Runs this test program again with each variant of the kernels that this CPU has, and with all fast ones off; `outcome` must
-/// stand in what it prints.
+/// stand in what it prints. That the variant is what runs is checked by [`load`].
 pub fn under_every_variant(arguments: &[&str], outcome: &str) {
-    if std::env::var_os("PHD_CPU_VARIANT").is_some() {
-        return; // this is such a run
+    if forced_variant().is_some() {
+        load(&golden()[0].path, BackendKind::Cpu); // this is such a run
+        return;
     }
     let variants = phd::backend::cpu::variants();
     assert!(variants.contains(&"plain"));
