@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{Golden, Random, difference, golden, load, rounding, under_every_variant};
+use common::{Golden, Random, difference, forced_variant, golden, load, rounding, under_every_variant};
 use phd::model::BackendKind;
 use phd::session::{BatchEntry, CacheType, Logits, Session, SessionOptions};
 use phd::{Error, Result};
@@ -10,7 +10,7 @@ use phd::{Error, Result};
 const SEQUENCES: usize = 3;
 
 fn cases() -> Vec<(Golden, BackendKind)> {
-    let backends: &[BackendKind] = match std::env::var_os("PHD_CPU_VARIANT") {
+    let backends: &[BackendKind] = match forced_variant() {
         Some(_) => &[BackendKind::Cpu],
         None => &[BackendKind::Reference, BackendKind::Cpu],
     };

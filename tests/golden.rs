@@ -5,7 +5,9 @@ mod common;
 
 use std::sync::Arc;
 
-use common::{Golden, argmax, difference, golden, load, on_cuda, on_emulator, rounding, under_every_variant};
+use common::{
+    Golden, argmax, difference, forced_variant, golden, load, on_cuda, on_emulator, rounding, under_every_variant,
+};
 use phd::model::{BackendKind, Model};
 use phd::schedule::Pruning;
 use phd::session::{CacheType, Session, SessionOptions};
@@ -35,7 +37,7 @@ fn check(session: &Session, seq: i64, g: &Golden, position: usize, cache_type: C
 
 /// Both backends; under [`every_variant`] only the one whose kernels are forced.
 fn backends() -> &'static [BackendKind] {
-    let is_forced = on_cuda() || std::env::var_os("PHD_CPU_VARIANT").is_some();
+    let is_forced = on_cuda() || forced_variant().is_some();
     if is_forced { &[BackendKind::Cpu] } else { &[BackendKind::Reference, BackendKind::Cpu] }
 }
 

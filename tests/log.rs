@@ -3,7 +3,7 @@
 mod common;
 
 use std::ffi::{c_char, c_void};
-use std::ptr::{null, null_mut};
+use std::ptr::null_mut;
 use std::sync::Mutex;
 
 use phd::ffi::*;
@@ -33,7 +33,10 @@ fn the_callback_hears_what_its_level_allows() {
         let (mut model, mut session) = (null_mut(), null_mut());
         // SAFETY: valid arguments of the C contract; handles are freed once.
         unsafe {
-            assert_eq!(phd_model_load(path.as_ptr(), null(), &mut model, null_mut()), phd_status::PHD_OK);
+            let mut params: phd_model_params = std::mem::zeroed();
+            phd_model_params_init(&mut params, size_of::<phd_model_params>());
+            params.backend = phd_backend::PHD_BACKEND_CPU as u32;
+            assert_eq!(phd_model_load(path.as_ptr(), &params, &mut model, null_mut()), phd_status::PHD_OK);
             let mut params: phd_session_params = std::mem::zeroed();
             phd_session_params_init(&mut params, size_of::<phd_session_params>());
             params.n_threads = 1024;

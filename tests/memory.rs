@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use common::root;
 use phd::Model;
-use phd::model::LoadOptions;
+use phd::model::{BackendKind, LoadOptions};
 use phd::session::{Session, SessionOptions};
 
 /// What the system counts as this process's memory, code and mapped files included: now (`VmRSS`), or the most so far (`VmHWM`).
@@ -35,14 +35,14 @@ fn weights_are_in_memory_once() {
     assert!(path.exists(), "{} is missing: `make smollm2` downloads it", path.display());
     let file = std::fs::metadata(&path).unwrap().len() as usize;
     let before = resident("VmRSS");
-    let model = Arc::new(Model::load(&path, LoadOptions::default()).unwrap());
+    let model = Arc::new(Model::load(&path, LoadOptions { backend: BackendKind::Cpu, ..Default::default() }).unwrap());
     let (peak, loaded) = (resident("VmHWM") - before, resident("VmRSS") - before);
     let weights = file * 115 / 100 + CODE;
     assert!(loaded <= weights, "{loaded} bytes resident; file {file}, at most {weights}");
     let most = weights + SLAB + (7 * model.desc().n_layers + 1) * EDGE + VOCABULARY;
     assert!(peak <= most, "{peak} bytes resident while loading; file {file}, at most {most}");
 
-    let mut session = Session::new(model, &SessionOptions::default()).unwrap();
+    let mut session = Session::new(model, &SessionOptions { n_threads: 2, ..Default::default() }).unwrap();
     let tokens: Vec<i32> = (0..100).map(|i| i * 463 % 49152).collect();
     session.prefill(0, &tokens).unwrap();
     tokens[..32].iter().for_each(|&token| session.step(0, token).unwrap());

@@ -172,7 +172,7 @@ pub fn load(path: &Path, backend: BackendKind) -> Arc<Model> {
 }
 
 /// The kernels that `PHD_CPU_VARIANT` forces.
-fn forced_variant() -> Option<String> {
+pub fn forced_variant() -> Option<String> {
     std::env::var("PHD_CPU_VARIANT").ok().filter(|name| !name.is_empty())
 }
 

@@ -32,6 +32,8 @@ use super::{Backend, Context, ContextOptions};
 use crate::checkpoint::TensorView;
 use crate::error::Result;
 use crate::model::{Hyper, Linear, Weights};
+#[cfg(feature = "ggml")]
+use crate::tensor::DType;
 
 /// A linear layer, prepared.
 struct Projection {
@@ -67,7 +69,9 @@ enum Embedding {
 /// Names that `PHD_CPU_VARIANT` takes on this machine, the one chosen by default first.
 pub fn variants() -> Vec<&'static str> {
     let own = kernels::Variant::ALL.into_iter().filter(|v| v.kernels().is_some()).map(|v| v.name());
-    own.chain(cfg!(feature = "ggml").then_some("ggml")).collect()
+    #[cfg(feature = "ggml")]
+    let own = own.chain(ggml::Dot::of(DType::Q4_0).map(|_| "ggml"));
+    own.collect()
 }
 
 pub struct Cpu {

@@ -164,7 +164,7 @@ func (c *config) register() {
 	c.toggle("kv-unified", "one request may use the whole cache instead of its slot's part", func(on bool) { o.Unified = on })
 	c.alias("kv-unified", "-kvu")
 	c.alias("no-kv-unified", "-no-kvu")
-	c.number(&o.Threads, "threads", "t", "threads that compute; 0: one per physical core")
+	c.number(&o.Threads, "threads", "t", "threads that compute; 0: one per physical core that the process may use")
 	c.env("threads", "LLAMA_ARG_THREADS")
 	c.number(&o.Piece, "batch-size", "b", "prompt tokens that are evaluated at once (default 512)")
 	c.env("batch-size", "LLAMA_ARG_BATCH")

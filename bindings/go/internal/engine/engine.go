@@ -23,7 +23,7 @@ type Config struct {
 	Slots       int           // generations that run at once
 	Context     int           // positions of the cache, for all slots together
 	SlotContext int           // positions that one generation may have, prompt included
-	Threads     int           // 0: one per physical core
+	Threads     int           // 0: one per physical core that the process may use
 	CacheType   phd.CacheType //
 	Piece       int           // prompt tokens of a batch when no generation waits for its next token; 0: 512
 	PieceBeside int           // prompt tokens of a batch beside such generations; 0: 64
