@@ -8,7 +8,7 @@ mod wide;
 
 use std::path::Path;
 
-use common::{difference, load, one_key_head, under_every_variant};
+use common::{difference, forced_variant, load, logits_through, one_key_head, under_every_variant};
 use phd::convert::{Options, convert};
 use phd::model::BackendKind;
 use phd::session::{BatchEntry, CacheType, Logits, Session, SessionOptions};
@@ -53,18 +53,9 @@ fn threads_and_pieces_change_nothing() {
     let tokens = tokens();
     each(|path, cache_type, what| {
         let model = load(path, BackendKind::Cpu);
-        let run = |n_threads, steps: &[(usize, usize)]| -> Vec<Vec<f32>> {
+        let run = |n_threads, pieces: &[(usize, usize)]| {
             let mut s = Session::new(model.clone(), &options(n_threads, cache_type)).unwrap();
-            let mut logits = Vec::new();
-            for &(from, to) in steps {
-                s.prefill(0, &tokens[s.len(0).unwrap()..from]).unwrap();
-                logits.push(s.logits(0).unwrap().to_vec());
-                for &token in &tokens[from..to] {
-                    s.step(0, token).unwrap();
-                    logits.push(s.logits(0).unwrap().to_vec());
-                }
-            }
-            logits
+            logits_through(&mut s, &tokens, pieces)
         };
         let alone = run(1, &[(100, 103), (296, 300)]);
         assert!(alone.iter().flatten().all(|x| x.is_finite()), "{what}");
@@ -114,16 +105,11 @@ fn company_changes_nothing() {
 #[test]
 fn logits_are_the_references() {
     let tokens = tokens();
-    let bound = if std::env::var("PHD_CPU_VARIANT").is_ok_and(|v| v == "ggml") { 0.08 } else { 0.05 };
+    let bound = if forced_variant().is_some_and(|v| v == "ggml") { 0.08 } else { 0.05 };
     each(|path, cache_type, what| {
-        let run = |backend| -> Vec<Vec<f32>> {
+        let run = |backend| {
             let mut s = Session::new(load(path, backend), &options(2, cache_type)).unwrap();
-            s.prefill(0, &tokens[..40]).unwrap();
-            let step = |&token: &i32| {
-                s.step(0, token).unwrap();
-                s.logits(0).unwrap().to_vec()
-            };
-            tokens[40..52].iter().map(step).collect()
+            logits_through(&mut s, &tokens, &[(40, 52)])
         };
         for (i, (found, expected)) in run(BackendKind::Cpu).iter().zip(&run(BackendKind::Reference)).enumerate() {
             let d = difference(found, expected);

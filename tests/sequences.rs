@@ -8,7 +8,9 @@ mod common;
 use std::path::Path;
 
 use allocations::LARGEST;
-use common::{Golden, difference, golden, load, on_emulator, one_key_head, one_layer, rounding, with_head_dim};
+use common::{
+    Golden, difference, golden, load, logits_through, on_emulator, one_key_head, one_layer, rounding, with_head_dim,
+};
 use phd::Error;
 use phd::model::BackendKind;
 use phd::session::{BatchEntry, CacheType, Logits, Policy, Pooling, Session, SessionOptions, WhenFull};
@@ -307,18 +309,8 @@ fn threads_and_the_shape_of_heads_change_nothing() {
         let run = |backend, n_threads, cache_type| -> Vec<Vec<f32>> {
             let o = SessionOptions { n_threads, cache_type, ..options(320, 1) };
             let mut s = Session::new(load(&path, backend), &o).unwrap();
-            let mut logits = Vec::new();
             // A prompt, steps, and a long context's.
-            for (from, to) in [(100, 106), (296, 300)] {
-                let before = s.len(0).unwrap();
-                s.prefill(0, &tokens[before..from]).unwrap();
-                logits.push(s.logits(0).unwrap().to_vec());
-                for &token in &tokens[from..to] {
-                    s.step(0, token).unwrap();
-                    logits.push(s.logits(0).unwrap().to_vec());
-                }
-            }
-            logits
+            logits_through(&mut s, &tokens, &[(100, 106), (296, 300)])
         };
         // Keys that two backends round may come out as neighbouring values.
         for (kind, bound) in [(CacheType::F32, rounding()), (CacheType::F16, 1e-2), (CacheType::Q8_0, 2e-2)] {

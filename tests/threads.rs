@@ -4,10 +4,9 @@
 mod common;
 
 use std::process::Command;
-use std::sync::Arc;
 
-use common::golden;
-use phd::model::{BackendKind, LoadOptions, Model};
+use common::{golden, load};
+use phd::model::BackendKind;
 use phd::session::{Session, SessionOptions, default_threads};
 
 /// Set for a run whose affinity leaves it one physical core.
@@ -28,11 +27,7 @@ fn as_many_as_there_are_cpus_for() {
     let is_one_core = std::env::var_os(ONE_CORE).is_some();
     let default = default_threads();
     assert!(if is_one_core { default == 1 } else { (1..=cpus).contains(&default) }, "{default} for {cpus} CPUs");
-    let load = |backend| {
-        let options = LoadOptions { backend, ..Default::default() };
-        Arc::new(Model::load(&golden()[0].path, options).unwrap())
-    };
-    let (model, reference) = (load(BackendKind::Cpu), load(BackendKind::Reference));
+    let [model, reference] = [BackendKind::Cpu, BackendKind::Reference].map(|backend| load(&golden()[0].path, backend));
     // Sessions stay: how long the system lists threads that have ended is its own affair.
     let mut sessions = Vec::new();
     for (asked, expected) in [(1, 1), (2, 2.min(cpus)), (64, 64.min(cpus)), (0, default)] {

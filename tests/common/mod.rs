@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use phd::model::{BackendKind, LoadOptions, Model};
+use phd::session::Session;
 use safetensors::Dtype;
 use safetensors::tensor::{SafeTensors, TensorView};
 
@@ -199,6 +200,20 @@ pub fn difference(found: &[f32], expected: &[f32]) -> f32 {
     let largest = expected.iter().fold(0.0f32, |a, x| a.max(x.abs()));
     found.iter().zip(expected).fold(0.0f32, |a, (f, e)| if f.is_nan() { f32::INFINITY } else { a.max((f - e).abs()) })
         / largest
+}
+
+/// Grows sequence 0: for each (from, to) a prompt up to `from`, then steps up to `to`. The logits after each prompt and each step.
+pub fn logits_through(s: &mut Session, tokens: &[i32], pieces: &[(usize, usize)]) -> Vec<Vec<f32>> {
+    let mut logits = Vec::new();
+    for &(from, to) in pieces {
+        s.prefill(0, &tokens[s.len(0).unwrap()..from]).unwrap();
+        logits.push(s.logits(0).unwrap().to_vec());
+        for &token in &tokens[from..to] {
+            s.step(0, token).unwrap();
+            logits.push(s.logits(0).unwrap().to_vec());
+        }
+    }
+    logits
 }
 
 pub fn argmax(logits: &[f32]) -> i32 {

@@ -262,8 +262,8 @@ static AVX512_AMD: Kernels = avx512::table(UNPREFETCHED_ROWS, false);
 
 /// The kernels of AVX2 with AVX-VNNI, with the same instructions as AVX-512 encodes them: most CPUs have one of the two.
 #[cfg(all(test, target_arch = "x86_64"))]
-pub fn avx2_vnni_as_avx512() -> Option<Kernels> {
-    Variant::Avx512Vnni.kernels().map(|_| Kernels { ..avx2_vnni_512::KERNELS })
+pub fn avx2_vnni_as_avx512() -> Option<&'static Kernels> {
+    Variant::Avx512Vnni.kernels().map(|_| &avx2_vnni_512::KERNELS)
 }
 
 #[cfg(target_arch = "x86_64")]

@@ -14,7 +14,7 @@ use super::simd::Simd;
 use super::simd::plain::Plain;
 use super::store::{Cache, Granules, Parts, Rows};
 use crate::backend::CacheType;
-use crate::backend::testing::{Noise, weights};
+use crate::backend::testing::{Noise, scales, weights};
 use crate::checkpoint::TensorView;
 use crate::model::RopePairs;
 use crate::tensor::{DType, dequantize_row};
@@ -24,10 +24,10 @@ use crate::tensor::{DType, dequantize_row};
 fn all_kernels() -> Vec<Kernels> {
     let all: Vec<_> = Variant::ALL.into_iter().filter_map(Variant::kernels).collect();
     assert_eq!(all.last().map(|k| k.variant), Some(Variant::Plain));
-    let all = all.into_iter().flat_map(Kernels::all_ways);
+    let all = all.into_iter();
     #[cfg(target_arch = "x86_64")]
     let all = all.chain(super::kernels::avx2_vnni_as_avx512());
-    all.collect()
+    all.flat_map(Kernels::all_ways).collect()
 }
 
 fn prepare_one(tensor: &TensorView, prefer_ggml: bool) -> Matrix {
@@ -112,6 +112,19 @@ fn inputs(n: usize, n_in: usize, noise: &mut Noise) -> Vec<Vec<f32>> {
 }
 
 /// Packing moves bits about and loses none.
+fn check_rows(packing: Packing, tensor: &TensorView, matrix: &Matrix, rows: impl IntoIterator<Item = usize>) {
+    let (n_out, n_in) = (tensor.shape[0], tensor.shape[1]);
+    let row_bytes = tensor.data.len() / n_out;
+    for r in rows {
+        let (mut expected, mut found) = (vec![0.0; n_in], vec![f32::NAN; n_in]);
+        dequantize_row(packing.dtype(), &tensor.data[r * row_bytes..][..row_bytes], &mut expected);
+        matrix.row(r, &mut found);
+        for (i, (e, f)) in expected.iter().zip(&found).enumerate() {
+            assert!((e - f).abs() <= 1e-5 * e.abs(), "{packing:?} row {r} column {i}: {f}, expected {e}");
+        }
+    }
+}
+
 #[test]
 fn packed_rows_are_the_stored_rows() {
     let mut noise = Noise(6);
@@ -120,14 +133,7 @@ fn packed_rows_are_the_stored_rows() {
         for (n_out, n_in) in shapes(dtype) {
             let tensor = weights(dtype, n_out, n_in, &mut noise);
             let matrix = prepare_one(&tensor, false);
-            for (r, row) in tensor.data.chunks(tensor.data.len() / n_out).enumerate() {
-                let (mut expected, mut found) = (vec![0.0; n_in], vec![f32::NAN; n_in]);
-                dequantize_row(dtype, row, &mut expected);
-                matrix.row(r, &mut found);
-                for (i, (e, f)) in expected.iter().zip(&found).enumerate() {
-                    assert!((e - f).abs() <= 1e-5 * e.abs(), "{packing:?} row {r} column {i}: {f}, expected {e}");
-                }
-            }
+            check_rows(packing, &tensor, &matrix, 0..n_out);
         }
     }
 }
@@ -206,17 +212,15 @@ fn the_largest_sums_fit() {
         let n_in = 5 * dtype.block_len();
         // Quants and 6-bit scales of all ones, of all zeros, and of the largest and smallest signed bytes.
         for fill in [0xff, 0, 0x7f, 0x80] {
-            let mut tensor = weights(dtype, 17, n_in, &mut noise);
-            let mut bytes = tensor.data.to_vec();
+            let mut bytes = weights(dtype, 17, n_in, &mut noise).data.to_vec();
             for block in bytes.chunks_mut(dtype.block_bytes()) {
-                let scales = crate::backend::testing::scales(dtype);
                 for at in 0..block.len() {
-                    if !scales.iter().any(|&scale| (scale..scale + 2).contains(&at)) {
+                    if !scales(dtype).iter().any(|&scale| (scale..scale + 2).contains(&at)) {
                         block[at] = fill;
                     }
                 }
             }
-            tensor = TensorView::of_bytes("weights", dtype, tensor.shape, bytes);
+            let tensor = TensorView::of_bytes("weights", dtype, vec![17, n_in], bytes);
             let signs: [fn(usize) -> f32; 4] = [
                 |_| 1.0,
                 |_| -1.0,
@@ -241,25 +245,13 @@ fn packing_does_not_depend_on_threads() {
             pack_matrix(&tensor, packing, arena.bytes_mut(), n_threads);
             arena
         };
-        let alone = packed(1);
-        let row = |arena: &Arc<Arena>, r: usize| {
-            let mut row = vec![0.0; n_in];
-            Matrix::packed(packing, n_out, n_in, arena.clone(), 0).row(r, &mut row);
-            row
-        };
-        let arena = Arc::new(alone);
-        for r in [0, n_out / 2, n_out - 1] {
-            let mut expected = vec![0.0; n_in];
-            let row_bytes = tensor.data.len() / n_out;
-            dequantize_row(packing.dtype(), &tensor.data[r * row_bytes..][..row_bytes], &mut expected);
-            let close = |(e, f): (&f32, &f32)| (e - f).abs() <= 1e-5 * e.abs();
-            assert!(expected.iter().zip(&row(&arena, r)).all(close), "{packing:?}, row {r}");
-        }
-        let mut alone = Arc::into_inner(arena).expect("nobody else has it");
+        let mut alone = packed(1);
         for n_threads in [2, 7] {
             let mut other = packed(n_threads);
             assert!(alone.bytes_mut() == other.bytes_mut(), "{packing:?} on {n_threads} threads");
         }
+        let matrix = Matrix::packed(packing, n_out, n_in, Arc::new(alone), 0);
+        check_rows(packing, &tensor, &matrix, [0, n_out / 2, n_out - 1]);
     }
 }
 
